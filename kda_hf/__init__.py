@@ -1,0 +1,29 @@
+"""Kimi Delta Attention for Hugging Face transformers.
+
+`import kda_hf` registers [`KDAConfig`], [`KDAModel`] and [`KDAForCausalLM`] with transformers' Auto classes. Importing
+it needs no GPU.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from . import ops
+from .cache import KDACache
+from .configuration_kda import KDAConfig
+from .modeling_kda import KDAForCausalLM, KDAModel, KDAPreTrainedModel, KimiDeltaAttention
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register(KDAConfig.model_type, KDAConfig, exist_ok=True)
+AutoModel.register(KDAConfig, KDAModel, exist_ok=True)
+AutoModelForCausalLM.register(KDAConfig, KDAForCausalLM, exist_ok=True)
+
+__all__ = [
+    "KDACache",
+    "KDAConfig",
+    "KDAForCausalLM",
+    "KDAModel",
+    "KDAPreTrainedModel",
+    "KimiDeltaAttention",
+    "ops",
+]

@@ -1,0 +1,26 @@
+"""What `generate()` needs beyond transformers."""
+
+from transformers import DynamicCache, StaticCache
+
+from .cache import KDACache
+
+
+class KDAGenerationMixin:
+    """Gives `generate()` a [`KDACache`] wherever it would make one of transformers' own."""
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        given = model_kwargs.get("past_key_values")
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get("past_key_values")
+        if given is None and isinstance(made, (DynamicCache, StaticCache)):
+            # Nothing rolls this cache back unless decoding is assisted, and that asks for it (`activate_past_recording`)
+            cache = KDACache(
+                self.config,
+                max_cache_len=made.get_max_length() if isinstance(made, StaticCache) else None,
+                offloading=made.offloading,
+                max_rollback=0,
+            )
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            model_kwargs["past_key_values"] = cache
+        return result

@@ -1,0 +1,595 @@
+"""The hybrid KDA language model: KDA layers, softmax attention layers, SwiGLU MLPs."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3MLP,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache import KDACache, KDACacheLayer
+from .configuration_kda import KDAConfig
+from .generation import KDAGenerationMixin
+from .ops import causal_conv1d, chunk_kda, recurrent_kda
+
+
+class KDARMSNormGated(nn.Module):
+    """RMSNorm over the last dimension, in fp32, times the sigmoid of a gate: `norm(x) · weight · sigmoid(gate)`."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        normed = nn.functional.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
+        return (normed * gate.float().sigmoid()).to(x.dtype)
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class KimiDeltaAttention(nn.Module):
+    """
+    Kimi Delta Attention (Kimi Linear, arXiv 2510.26692): short convolutions over q, k and v, a per-channel forget gate,
+    the delta rule on a state of `[K, V]` per head, and a gated norm on the output.
+
+    Parameters carry the names of the Kimi-Linear checkpoint. With K = `linear_head_dim`, V = `linear_value_head_dim`,
+    H = `linear_num_heads`, HV = `linear_num_value_heads`: `A_log` is `[HV]`, `dt_bias` is `[HV·K]`.
+
+    Args:
+        config (`KDAConfig`): the configuration.
+        layer_idx (`int`): the layer's index, which is also its place in the cache.
+    """
+
+    def __init__(self, config: KDAConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads = config.linear_num_heads
+        self.num_value_heads = config.linear_num_value_heads
+        self.head_dim = config.linear_head_dim
+        self.value_head_dim = config.linear_value_head_dim
+        self.conv_kernel_size = config.linear_conv_kernel_dim
+        self.lower_bound = config.linear_lower_bound
+        self.allow_neg_eigval = config.allow_neg_eigval
+
+        key_dim = self.num_heads * self.head_dim
+        value_dim = self.num_value_heads * self.value_head_dim
+        gate_dim = self.num_value_heads * self.head_dim
+        self.qkv_dims = [key_dim, key_dim, value_dim]
+
+        self.q_proj = nn.Linear(config.hidden_size, key_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, value_dim, bias=False)
+        self.q_conv1d = self._conv1d(key_dim)
+        self.k_conv1d = self._conv1d(key_dim)
+        self.v_conv1d = self._conv1d(value_dim)
+
+        self.f_a_proj = nn.Linear(config.hidden_size, self.head_dim, bias=False)
+        self.f_b_proj = nn.Linear(self.head_dim, gate_dim, bias=False)
+        self.A_log = nn.Parameter(torch.empty(self.num_value_heads))
+        self.dt_bias = nn.Parameter(torch.empty(gate_dim))
+        self.b_proj = nn.Linear(config.hidden_size, self.num_value_heads, bias=False)
+
+        self.g_a_proj = nn.Linear(config.hidden_size, self.value_head_dim, bias=False)
+        self.g_b_proj = nn.Linear(self.value_head_dim, value_dim, bias=False)
+        self.o_norm = KDARMSNormGated(self.value_head_dim, eps=config.rms_norm_eps)
+        self.o_proj = nn.Linear(value_dim, config.hidden_size, bias=False)
+
+        # Kimi-Linear stores A_log as [1, 1, HV, 1]
+        self.register_load_state_dict_pre_hook(_flatten_a_log)
+
+    def _conv1d(self, channels: int) -> nn.Conv1d:
+        width = self.conv_kernel_size
+        return nn.Conv1d(channels, channels, width, groups=channels, padding=width - 1, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `[B, T, hidden_size]`): the input.
+            attention_mask (`torch.Tensor` of shape `[B, ≥ T]`, *optional*): nonzero for tokens, zero for padding; its
+                last T columns are those of this input. Padding may stand anywhere; it leaves no trace in the state and
+                its outputs are zero.
+            past_key_values (`Cache`, *optional*): continues from, and updates, its layer `layer_idx`.
+            cu_seqlens (`torch.Tensor` of shape `[N + 1]`, int32 or int64, *optional*): boundaries of the sequences
+                packed into a batch of one. The cache, if any, then holds a row for each of the N sequences.
+
+        Returns:
+            `torch.Tensor` of shape `[B, T, hidden_size]`.
+
+        Raises:
+            ValueError: `attention_mask` is not two-dimensional, too short, or comes together with `cu_seqlens`.
+        """
+        batch, length = hidden_states.shape[:2]
+        valid = None
+        if attention_mask is not None:
+            if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+                raise ValueError(
+                    f"`attention_mask` must have shape [{batch}, at least {length}], got {list(attention_mask.shape)}"
+                )
+            if cu_seqlens is not None:
+                raise ValueError("`attention_mask` can't be combined with `cu_seqlens`: packed inputs have no padding")
+            valid = attention_mask[:, -length:].bool()
+
+        conv_inputs = torch.cat(
+            [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], dim=-1
+        )
+        g = self.f_b_proj(self.f_a_proj(hidden_states)).unflatten(-1, (self.num_value_heads, self.head_dim))
+        beta = self.b_proj(hidden_states)
+
+        if past_key_values is None:
+            output, _, _ = self.mix(conv_inputs, g, beta, valid, cu_seqlens=cu_seqlens)
+        else:
+            output = self._mix_with_cache(past_key_values, conv_inputs, g, beta, valid, cu_seqlens)
+
+        gate = self.g_b_proj(self.g_a_proj(hidden_states)).view_as(output)
+        return self.o_proj(self.o_norm(output, gate).flatten(-2))
+
+    def mix(
+        self,
+        conv_inputs: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        valid: torch.Tensor | None = None,
+        conv_state: torch.Tensor | None = None,
+        recurrent_state: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        output_final_state: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        What happens between the projections: convolution, then KDA, from a state to a state.
+
+        Args:
+            conv_inputs (`torch.Tensor` of shape `[B, T, D]`): q, k and v before the convolution, side by side.
+            g (`torch.Tensor` of shape `[B, T, HV, K]`): gate logits.
+            beta (`torch.Tensor` of shape `[B, T, HV]`): β logits.
+            valid (`torch.Tensor` of shape `[B, T]`, bool, *optional*): false for padding.
+            conv_state (`torch.Tensor` of shape `[N, D, W]`, *optional*): the last W convolution inputs before these.
+            recurrent_state (`torch.Tensor` of shape `[N, HV, K, V]`, *optional*): the state before these tokens.
+            cu_seqlens (`torch.Tensor` of shape `[N + 1]`, *optional*): boundaries of packed sequences.
+            output_final_state (`bool`, defaults to `False`): whether to return the states after these tokens.
+
+        Returns:
+            The output `[B, T, HV, V]`, and the convolution and recurrent states after these tokens, or `None`s.
+        """
+        order = None
+        if valid is not None:
+            # Padding goes behind the tokens, wherever it was: there no convolution window and no state meets it. Its β
+            # and g logits close both gates, β = 0 and decay 1, so that it passes through the recurrence unnoticed.
+            order = torch.argsort(valid, dim=1, descending=True, stable=True)
+            padding = ~valid.gather(1, order)
+            conv_inputs = conv_inputs.gather(1, order[..., None].expand_as(conv_inputs))
+            closed = torch.finfo(g.dtype).min
+            g = g.gather(1, order[..., None, None].expand_as(g)).masked_fill(padding[..., None, None], closed)
+            beta = beta.gather(1, order[..., None].expand_as(beta)).masked_fill(padding[..., None], closed)
+
+        weight = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).squeeze(1)
+        mixed, new_conv_state = causal_conv1d(
+            conv_inputs,
+            weight,
+            initial_state=conv_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+        )
+        if output_final_state and valid is not None:
+            new_conv_state = self._last_inputs(conv_inputs, conv_state, valid.sum(1))
+
+        q, k, v = mixed.split(self.qkv_dims, dim=-1)
+        kda = recurrent_kda if conv_inputs.shape[1] == 1 else chunk_kda
+        output, new_recurrent_state = kda(
+            q.unflatten(-1, (self.num_heads, self.head_dim)),
+            k.unflatten(-1, (self.num_heads, self.head_dim)),
+            v.unflatten(-1, (self.num_value_heads, self.value_head_dim)),
+            g,
+            beta,
+            initial_state=recurrent_state,
+            output_final_state=output_final_state,
+            A_log=self.A_log.float(),
+            dt_bias=self.dt_bias.float(),
+            lower_bound=self.lower_bound,
+            safe_gate=self.lower_bound is not None,
+            use_gate_in_kernel=True,
+            use_qk_l2norm_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True,
+            allow_neg_eigval=self.allow_neg_eigval,
+            cu_seqlens=cu_seqlens,
+        )
+        if order is not None:
+            output = output.masked_fill(padding[..., None, None], 0.0)
+            output = torch.zeros_like(output).scatter(1, order[..., None, None].expand_as(output), output)
+        return output, new_conv_state, new_recurrent_state
+
+    def _last_inputs(
+        self, conv_inputs: torch.Tensor, conv_state: torch.Tensor | None, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """The last W convolution inputs `[B, D, W]` of rows that hold `lengths` `[B]` tokens, then padding."""
+        width = self.conv_kernel_size
+        inputs = conv_inputs.transpose(1, 2)
+        past = inputs.new_zeros(*inputs.shape[:2], width) if conv_state is None else conv_state.to(inputs.dtype)
+        window = lengths[:, None] + torch.arange(width, device=lengths.device)
+        return torch.cat([past, inputs], dim=-1).gather(2, window[:, None].expand(-1, inputs.shape[1], -1))
+
+    def _mix_with_cache(
+        self,
+        cache: Cache,
+        conv_inputs: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        valid: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        layer = cache.layers[self.layer_idx]
+        length = conv_inputs.shape[1]
+        records = isinstance(layer, KDACacheLayer) and layer.records and cu_seqlens is None
+
+        states = (None, None)
+        if cache.has_previous_state(self.layer_idx):
+            states = (layer.conv_states[0], layer.recurrent_states[0])
+            if torch.is_grad_enabled():
+                # The update below writes to the cached tensors, which autograd needs as they are now
+                states = tuple(state.clone() for state in states)
+
+        # A layer that can be cropped keeps the inputs of its last tokens and the state before them. A long block is
+        # run in two parts, so that this state is at hand and what is kept has a bound.
+        head = max(0, length - layer.max_rollback) if records else 0
+        outputs = []
+        for block in (slice(0, head), slice(head, length)):
+            if block.start == block.stop:
+                continue
+            inputs = (conv_inputs[:, block], g[:, block], beta[:, block], None if valid is None else valid[:, block])
+            output, *states = self.mix(*inputs, *states, cu_seqlens, output_final_state=True)
+            if records and block.stop == length:
+                layer.record(self._replay, *inputs)
+            cache.update_conv_state(states[0], self.layer_idx)
+            cache.update_recurrent_state(states[1], self.layer_idx)
+            outputs.append(output)
+        if isinstance(layer, KDACacheLayer):
+            layer.advance(length)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _replay(self, conv_inputs, g, beta, valid, conv_state, recurrent_state):
+        """Runs recorded tokens once more from the states before them; the cache's `crop` calls it."""
+        return self.mix(conv_inputs, g, beta, valid, conv_state, recurrent_state, output_final_state=True)[1:]
+
+
+def _flatten_a_log(module, state_dict, prefix, *args):
+    if (a_log := state_dict.get(f"{prefix}A_log")) is not None:
+        state_dict[f"{prefix}A_log"] = a_log.reshape(-1)
+
+
+class KDAAttention(nn.Module):
+    """Causal softmax attention with grouped heads; RoPE, bias and the norm of queries and keys are by choice."""
+
+    def __init__(self, config: KDAConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        query_dim = config.num_attention_heads * self.head_dim
+        key_dim = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query_states = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        key_states = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+
+        if position_embeddings is not None:
+            query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(-2)), weights
+
+
+class KDADecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: KDAConfig, layer_idx: int):
+        super().__init__()
+        self.layer_type = config.layer_types[layer_idx]
+        if self.layer_type == "linear_attention":
+            self.linear_attn = KimiDeltaAttention(config, layer_idx)
+        else:
+            self.self_attn = KDAAttention(config, layer_idx)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        if self.layer_type == "linear_attention":
+            hidden_states = self.linear_attn(hidden_states, attention_mask, past_key_values, cu_seqlens)
+        else:
+            hidden_states, _ = self.self_attn(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+        hidden_states = residual + hidden_states
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class KDAPreTrainedModel(PreTrainedModel):
+    config_class = KDAConfig
+    config: KDAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["KDADecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": KDADecoderLayer, "attentions": KDAAttention}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        As in transformers, but a checkpoint with missing or misshapen weights raises an error that names them: with
+        random ones in their place the model would run, and be wrong.
+
+        Raises:
+            RuntimeError: weights of a KDA layer are missing, unless a `state_dict` is given; or any weight has another
+                shape than the model's, unless `ignore_mismatched_sizes=True`.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        lenient = kwargs.pop("ignore_mismatched_sizes", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        if info["mismatched_keys"] and not lenient:
+            shapes = [f"{key} is {list(found)}, not {list(own)}" for key, found, own in sorted(info["mismatched_keys"])]
+            raise RuntimeError(f"{pretrained_model_name_or_path} has weights of another shape: {'; '.join(shapes)}")
+        missing = sorted(key for key in info["missing_keys"] if ".linear_attn." in key)
+        if missing and not lenient and kwargs.get("state_dict") is None:
+            raise RuntimeError(f"{pretrained_model_name_or_path} lacks weights of KDA layers: {', '.join(missing)}")
+        return (model, info) if with_info else model
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, KimiDeltaAttention):
+            # As FLA and transformers initialise KDA: decays between 0.1% and 10% a token with the softplus gate; the
+            # safe gate has A = 1, so that its sigmoid starts where it has a slope.
+            if module.lower_bound is None:
+                init.copy_(module.A_log, init.uniform_(module.A_log, a=1.0, b=16.0).log())
+            else:
+                init.zeros_(module.A_log)
+            step = init.uniform_(module.dt_bias, a=math.log(1e-3), b=math.log(1e-1)).exp()
+            init.copy_(module.dt_bias, step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        elif isinstance(module, KDARMSNormGated):
+            init.ones_(module.weight)
+
+
+class KDAModel(KDAPreTrainedModel):
+    """The decoder without its language modeling head: embeddings, layers, final norm."""
+
+    def __init__(self, config: KDAConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([KDADecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config) if config.rope_parameters else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `[B, T]`, *optional*): token ids; or give `inputs_embeds`.
+            attention_mask (`torch.Tensor` of shape `[B, past + T]`, *optional*): nonzero for tokens, zero for padding,
+                on the left or on the right. Or a dictionary of prepared masks by layer type, as `generate` makes it.
+            position_ids (`torch.LongTensor` of shape `[B, T]`, *optional*): positions for RoPE.
+            past_key_values (`Cache`, *optional*): a [`KDACache`], or any cache of transformers made for this
+                configuration.
+            inputs_embeds (`torch.FloatTensor` of shape `[B, T, hidden_size]`, *optional*): in place of `input_ids`.
+            use_cache (`bool`, *optional*): whether to fill and return a cache. Packed inputs get none by default.
+            cu_seqlens (`torch.Tensor` of shape `[N + 1]`, int32 or int64, *optional*): boundaries of the sequences
+                packed into a batch of one. `cu_seq_lens_q`, as transformers' collators name it, does as well.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`; or `cu_seqlens` with a batch other than one,
+                with `attention_mask`, or with a cache of attention layers.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, length = inputs_embeds.shape[:2]
+        has_attention = "full_attention" in self.config.layer_types
+
+        if cu_seqlens is None:
+            cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is not None:
+            if batch != 1:
+                raise ValueError(f"`cu_seqlens` needs a batch of one row, got {batch}")
+            if attention_mask is not None:
+                raise ValueError("`attention_mask` can't be combined with `cu_seqlens`: packed inputs have no padding")
+            if past_key_values is not None and has_attention:
+                raise ValueError("`cu_seqlens` can't be combined with `past_key_values` in a model with attention layers")
+            use_cache = use_cache and not has_attention
+            if position_ids is None:
+                position_ids = _packed_position_ids(cu_seqlens, length)
+
+        if use_cache and past_key_values is None:
+            past_key_values = KDACache(self.config)
+        if position_ids is None and has_attention:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+
+        if not isinstance(masks := attention_mask, dict):
+            mask_kwargs = {
+                "config": self.config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": position_ids,
+            }
+            masks = {"linear_attention": create_recurrent_attention_mask(**mask_kwargs)}
+            if has_attention:
+                masks["full_attention"] = create_causal_mask(**mask_kwargs)
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids) if self.rotary_emb is not None else None
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer.layer_type],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                cu_seqlens=cu_seqlens,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+
+def _packed_position_ids(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
+    """Positions `[1, length]` that start at zero in each packed sequence, without reading `cu_seqlens` on the host."""
+    positions = torch.arange(length, device=cu_seqlens.device)
+    starts = cu_seqlens.long()
+    sequence = torch.searchsorted(starts, positions, right=True) - 1
+    return (positions - starts[sequence]).unsqueeze(0)
+
+
+class KDAForCausalLM(KDAPreTrainedModel, KDAGenerationMixin, GenerationMixin):
+    """[`KDAModel`] with a language modeling head; what `AutoModelForCausalLM` loads for `model_type: kda_hf`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: KDAConfig):
+        super().__init__(config)
+        self.model = KDAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `[B, T]`, *optional*): targets of the loss, shifted inside; -100 is
+                ignored.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): how many of the last positions get logits (0: all),
+                or their indices.
+
+        The other arguments are those of [`KDAModel`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["KDAForCausalLM", "KDAModel", "KDAPreTrainedModel", "KimiDeltaAttention"]

@@ -1,0 +1,297 @@
+"""Kimi Delta Attention operators: each validates its arguments, picks a backend and calls it."""
+
+import torch
+
+from . import backends, checks, chunked, fla
+from . import library as library  # registers the operators
+from .backends import backend_report
+
+__all__ = [
+    "backend_report",
+    "causal_conv1d",
+    "chunk_kda",
+    "fused_recurrent_kda",
+    "fwd",
+    "recurrent_kda",
+]
+
+
+def fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    lower_bound: float | None,
+    initial_state: torch.Tensor | None = None,
+    final_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> None:
+    """FlashKDA's forward call: L2 norm of q and k, sigmoid of β and the gate are all applied inside. Not differentiable.
+
+    Args:
+        q, k: [B, T, H, K], bf16, fp16 or fp32 (as all tensors without a dtype here).
+        v: [B, T, HV, V], HV a multiple of H.
+        g: gate logits [B, T, HV, K].
+        beta: logits [B, T, HV].
+        scale: factor of the output, as a rule K ** -0.5.
+        out: [B, T, HV, V], dtype of v; written in place. Tokens past `cu_seqlens[-1]` become zeros.
+        A_log: [HV] fp32 or None, which is 0.
+        dt_bias: [HV, K] or [HV * K] fp32, or None, which is 0.
+        lower_bound: in [-5, 0] for the gate `lower_bound * sigmoid(exp(A_log) * (g + dt_bias))`; None selects
+            `-exp(A_log) * softplus(g + dt_bias)`.
+        initial_state: [N, HV, V, K] or None, which is zeros. N is B, or the number of packed sequences.
+        final_state: like `initial_state` and of its dtype; written in place. May be `initial_state` itself.
+        cu_seqlens: [N + 1] int32 or int64, boundaries of sequences packed along T; B must be 1.
+
+    Raises:
+        ValueError: a shape, dtype or value is wrong. TypeError: an argument is of the wrong kind.
+        RuntimeError: tensors on different devices, or a backend demanded by KDA_HF_BACKEND that cannot serve.
+
+    Source: arXiv 2510.26692; FlashKDA's `fwd`.
+    """
+    checks.kda(q, k, v, g, beta, A_log, dt_bias, lower_bound, initial_state, None, True, cu_seqlens, None)
+    checks.number("scale", scale)
+    checks.tensor("out", out, "[B, T, HV, V]", v.shape, q.device, (v.dtype,))
+    if final_state is not None:
+        rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        checks.state("final_state", final_state, rows, q, v, True)
+        if initial_state is not None and final_state.dtype != initial_state.dtype:
+            raise ValueError(
+                f"`final_state` must have the dtype of `initial_state`, {initial_state.dtype}, got {final_state.dtype}"
+            )
+    backends.select(backends.Call("fwd", q.device, q.dtype, q.shape[-1], v.shape[-1]))
+    with torch.no_grad():
+        torch.ops.kda_hf.fwd(
+            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens
+        )
+
+
+def chunk_kda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    lower_bound: float | None = None,
+    safe_gate: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    transpose_state_layout: bool | None = None,
+    return_intermediate_states: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Kimi Delta Attention over whole sequences, in chunks of 64 tokens: FLA's `chunk_kda`.
+
+    Args:
+        q, k: [B, T, H, K], bf16, fp16, fp32 or fp64.
+        v: [B, T, HV, V]; HV is a multiple of H, and value head h reads query/key head `h // (HV // H)`.
+        g: [B, T, HV, K], log-decay ≤ 0; with `use_gate_in_kernel`, gate logits.
+        beta: [B, T, HV] in [0, 1]; with `use_beta_sigmoid_in_kernel`, logits.
+        scale: factor of the output, K ** -0.5 by default.
+        initial_state: [N, HV, K, V], zeros by default. N is B, or the number of packed sequences.
+        output_final_state: whether to return the state after the last token.
+        A_log: [HV] fp32, 0 by default; used with `use_gate_in_kernel`.
+        dt_bias: [HV, K] or [HV * K] fp32, 0 by default; used with `use_gate_in_kernel`.
+        lower_bound: in [-5, 0], selects the gate `lower_bound * sigmoid(exp(A_log) * (g + dt_bias))`; None selects
+            `-exp(A_log) * softplus(g + dt_bias)`.
+        safe_gate: states that the log-decay is at least -5 a token; with `use_gate_in_kernel` this needs `lower_bound`.
+        use_qk_l2norm_in_kernel: normalise q and k over K, x * rsqrt(Σ x² + 1e-6).
+        allow_neg_eigval: β = 2 sigmoid(beta); needs `use_beta_sigmoid_in_kernel`.
+        state_v_first: states are [N, HV, V, K]. `transpose_state_layout` is the older name.
+        return_intermediate_states: return also the states before every 64th token of each sequence.
+        cu_seqlens: [N + 1] int32 or int64, boundaries of sequences packed along T; B must be 1. A sequence may be empty.
+        cu_seqlens_cpu: a copy on the CPU, for backends that plan on the host.
+        backend: "cuda", "fla" or "torch"; by default KDA_HF_BACKEND decides, and else the best that can serve.
+
+    Returns:
+        o [B, T, HV, V] in the dtype of v, zeros past `cu_seqlens[-1]`; the final state in the dtype of `initial_state`,
+        fp32 without one, or None; and, if asked for, the intermediate states [B, NT, HV, K, V] in that dtype. For packed
+        sequences NT counts the chunks of all of them, in order. Where the values of `cu_seqlens` cannot be read without
+        waiting (on a GPU without `cu_seqlens_cpu`, or compiled), NT is the most chunks that there could be,
+        `min(T, (T + 63 N) // 64)`, and the rows beyond the real ones mean nothing.
+
+    Raises:
+        ValueError: a shape, dtype or value is wrong. TypeError: an argument is of the wrong kind.
+        RuntimeError: tensors on different devices, or a backend asked for that cannot serve, with the reason.
+
+    Source: arXiv 2510.26692, sections 2 and 3.
+    """
+    o, final_state, states = _kda(
+        *("chunk_kda", q, k, v, g, beta, scale, initial_state, None, output_final_state, A_log, dt_bias, lower_bound),
+        *(safe_gate, use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval),
+        state_v_first if transpose_state_layout is None else transpose_state_layout,
+        *(return_intermediate_states, cu_seqlens, cu_seqlens_cpu, backend),
+    )
+    return (o, final_state, states) if return_intermediate_states else (o, final_state)
+
+
+def recurrent_kda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    lower_bound: float | None = None,
+    safe_gate: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    transpose_state_layout: bool | None = None,
+    return_intermediate_states: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Kimi Delta Attention token by token, for decoding and short blocks: FLA's `fused_recurrent_kda`.
+
+    The function is that of :func:`chunk_kda`, and so are the arguments, results and errors. Besides those:
+
+    Args:
+        state_indices: [N] int32 or int64. `initial_state` is then a pool [P, HV, K, V] ([V, K] with `state_v_first`):
+            sequence n starts from row `state_indices[n]` and leaves its final state there, in place. A negative index skips
+            the sequence: its output is zeros and the pool is untouched. The rows must differ. Not differentiable.
+
+    Returns:
+        as :func:`chunk_kda`; with `state_indices` the final state is the pool.
+    """
+    o, final_state, states = _kda(
+        *("recurrent_kda", q, k, v, g, beta, scale, initial_state, state_indices, output_final_state, A_log, dt_bias),
+        *(lower_bound, safe_gate, use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel),
+        *(allow_neg_eigval, state_v_first if transpose_state_layout is None else transpose_state_layout),
+        *(return_intermediate_states, cu_seqlens, cu_seqlens_cpu, backend),
+    )
+    return (o, final_state, states) if return_intermediate_states else (o, final_state)
+
+
+fused_recurrent_kda = recurrent_kda
+
+
+def _kda(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None,
+    initial_state: torch.Tensor | None,
+    state_indices: torch.Tensor | None,
+    output_final_state: bool,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    lower_bound: float | None,
+    safe_gate: bool,
+    use_gate: bool,
+    use_qk_norm: bool,
+    use_beta_sigmoid: bool,
+    allow_neg_eigval: bool,
+    state_v_first: bool,
+    intermediate_states: bool,
+    cu_seqlens: torch.Tensor | None,
+    cu_seqlens_cpu: torch.Tensor | None,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    checks.kda(
+        *(q, k, v, g, beta, A_log, dt_bias, lower_bound, initial_state, state_indices, state_v_first),
+        *(cu_seqlens, cu_seqlens_cpu),
+    )
+    checks.flags(safe_gate, use_gate, lower_bound, use_beta_sigmoid, allow_neg_eigval)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    checks.number("scale", scale)
+    tensors = (q, k, v, g, beta, initial_state, A_log, dt_bias)
+    requires_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if state_indices is not None and (requires_grad or intermediate_states):
+        lacking = "gradients" if requires_grad else "intermediate states"
+        raise ValueError(
+            f"`state_indices` updates the states in place, which has no {lacking}; got a call that wants them"
+        )
+    call = backends.Call(
+        *(op, q.device, q.dtype, q.shape[-1], v.shape[-1], requires_grad),
+        state_dtype=None if initial_state is None else initial_state.dtype,
+        tokens=q.shape[1],
+        packed=cu_seqlens is not None,
+        intermediate_states=intermediate_states,
+        state_pool=state_indices is not None,
+    )
+    activations = (scale, lower_bound, use_gate, use_qk_norm, use_beta_sigmoid, allow_neg_eigval)
+    inputs = (*tensors, cu_seqlens, state_v_first, *activations)
+    if backends.select(call, backend) == "fla":
+        o, final_state = fla.kda(op, *inputs, cu_seqlens_cpu, safe_gate, output_final_state, requires_grad)
+        return o, final_state, None
+    if state_indices is not None:
+        o = torch.ops.kda_hf.recurrent_kda_pool(*inputs, state_indices)
+        return o, initial_state if output_final_state else None, None
+    if op == "recurrent_kda" and not intermediate_states:
+        o, final_state = torch.ops.kda_hf.recurrent_kda(*inputs, output_final_state)
+        return o, final_state if output_final_state else None, None
+    o, final_state, states = torch.ops.kda_hf.chunk_kda(*inputs, output_final_state, intermediate_states)
+    if intermediate_states and cu_seqlens is not None:
+        bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
+        if checks.values_are_readable(bounds):
+            states = states[:, : sum(chunked.chunks_of(length) for length in bounds.diff().tolist())]
+    return o, final_state if output_final_state else None, states
+
+
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = "silu",
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Causal depthwise convolution over tokens: y_t = activation(bias + Σ_w weight[:, w] x_{t - W + 1 + w}).
+
+    Args:
+        x: [B, T, D], bf16, fp16 or fp32; computed in fp32.
+        weight: [D, W]; the last column meets the current token.
+        bias: [D] or None.
+        activation: "silu", "swish" (the same) or None.
+        initial_state: [N, D, W], the last W inputs before the first token, oldest first; zeros by default. N is B, or the
+            number of packed sequences. Column 0 is out of the reach of the first token.
+        output_final_state: whether to return the last W inputs of each sequence.
+        cu_seqlens: [N + 1] int32 or int64, boundaries of sequences packed along T; B must be 1. A sequence may be empty.
+
+    Returns:
+        y [B, T, D] in the dtype of x, zeros past `cu_seqlens[-1]`; and the final state [N, D, W] in the dtype of
+        `initial_state`, else of x, or None.
+
+    Raises:
+        ValueError: a shape, dtype or value is wrong. TypeError: an argument is of the wrong kind.
+        RuntimeError: tensors on different devices, or a backend demanded by KDA_HF_BACKEND that cannot serve.
+
+    Source: arXiv 2510.26692, section 4 (the short convolution before q, k and v).
+    """
+    checks.conv(x, weight, bias, activation, initial_state, cu_seqlens)
+    tensors = (x, weight, bias, initial_state)
+    requires_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    backends.select(backends.Call("causal_conv1d", x.device, x.dtype, requires_grad=requires_grad))
+    y, final_state = torch.ops.kda_hf.causal_conv1d(*tensors, activation, cu_seqlens, output_final_state)
+    return y, final_state if output_final_state else None

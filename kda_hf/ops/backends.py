@@ -1,0 +1,166 @@
+"""Which backend a call gets, and why the others do not serve it."""
+
+import logging
+import os
+from typing import NamedTuple
+
+import torch
+
+from . import cuda, fla
+
+logger = logging.getLogger("kda_hf")
+
+BACKENDS = ("cuda", "fla", "torch")  # in the order of preference
+OPERATORS = ("fwd", "chunk_kda", "recurrent_kda", "causal_conv1d")
+VARIABLE = "KDA_HF_BACKEND"
+
+FLA_OPERATORS = ("chunk_kda", "recurrent_kda")
+FLA_DTYPES = (torch.bfloat16, torch.float16)
+FLA_MAX_HEAD_DIM = 256
+FLA_FIRST_VERSION = (0, 6)  # the first to know `state_v_first`; older ones ignore it in silence
+
+
+class Call(NamedTuple):
+    """What tells whether a backend can serve a call."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    K: int = 128
+    V: int = 128
+    requires_grad: bool = False
+    state_dtype: torch.dtype | None = None  # of the initial state
+    tokens: int = 1
+    packed: bool = False
+    intermediate_states: bool = False
+    state_pool: bool = False
+
+
+class BackendStatus(NamedTuple):
+    backend: str
+    usable: bool
+    reason: str | None  # why not, where it is not usable
+
+
+def _refused_by_cuda(call: Call) -> str | None:
+    if os.environ.get("FLA_FLASH_KDA") == "0":
+        return "FLA_FLASH_KDA=0"
+    return cuda.refusal(call.op, call.device)
+
+
+def _refused_by_fla(call: Call) -> str | None:
+    if call.op not in FLA_OPERATORS:
+        return f"FLA has no {call.op} with these arguments"
+    if call.device.type != "cuda":
+        return f"the tensors are on {call.device}"
+    if fla.VERSION is None:
+        return "flash-linear-attention is not installed"
+    if fla.VERSION < FLA_FIRST_VERSION:
+        return f"FLA is {'.'.join(map(str, fla.VERSION))}, 0.6 or newer is needed"
+    if call.dtype not in FLA_DTYPES:
+        return f"the tensors are {call.dtype}, which FLA multiplies in TF32"
+    if max(call.K, call.V) > FLA_MAX_HEAD_DIM:
+        return f"head dimensions {call.K} and {call.V} exceed {FLA_MAX_HEAD_DIM}"
+    if call.state_dtype not in (None, torch.float32):
+        return f"the initial state is {call.state_dtype}, FLA wants torch.float32"
+    if call.tokens == 0:
+        return "there are no tokens"
+    if call.intermediate_states:
+        return "FLA returns intermediate states rounded to the inputs' dtype"
+    if call.state_pool:
+        return "FLA has no state_indices"
+    if torch.compiler.is_compiling():
+        return "FLA's operators do not trace in torch.compile"
+    if call.packed and torch.cuda.is_current_stream_capturing():
+        return "FLA reads cu_seqlens on the host, which a CUDA graph cannot capture"
+    return None
+
+
+def refusal(backend: str, call: Call) -> str | None:
+    """Why `backend` cannot serve the call, or None. The PyTorch backend serves every call."""
+    if backend == "cuda":
+        return _refused_by_cuda(call)
+    return _refused_by_fla(call) if backend == "fla" else None
+
+
+def _from_environment() -> str:
+    name = os.environ.get(VARIABLE, "auto")
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{VARIABLE} must be auto, {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+def _implements(backend: str, op: str) -> bool:
+    return backend != "fla" or op in FLA_OPERATORS
+
+
+def select(call: Call, backend: str | None = None) -> str:
+    """The backend that serves the call: the one asked for, else the environment's, else the first that can.
+
+    Raises ValueError for an unknown name, and RuntimeError with the reason where the backend asked for cannot serve.
+    """
+    if backend is not None and backend != "auto":
+        if backend not in BACKENDS:
+            raise ValueError(f"`backend` must be None, auto, {', '.join(BACKENDS)}; got {backend!r}")
+        _require(backend, call, f"backend={backend!r}")
+        return backend
+    wanted = _from_environment() if backend is None else "auto"
+    # The variable speaks for all operators: it does not bind those that the backend lacks altogether.
+    if wanted != "auto" and _implements(wanted, call.op):
+        _require(wanted, call, f"{VARIABLE}={wanted}")
+        return wanted
+    for name in BACKENDS:
+        reason = refusal(name, call)
+        if reason is None:
+            _log(call.op, name, "serves the calls")
+            return name
+        _log(call.op, name, f"refused: {reason}")
+    raise AssertionError("the PyTorch backend serves every call")
+
+
+def _require(backend: str, call: Call, asked: str) -> None:
+    reason = refusal(backend, call)
+    if reason is not None:
+        _log(call.op, backend, f"refused: {reason}")
+        raise RuntimeError(f"{call.op}: {asked} cannot serve this call on {call.device}: {reason}")
+    _log(call.op, backend, "serves the calls")
+
+
+_logged: set[tuple[str, str, str]] = set()
+
+
+def _log(op: str, backend: str, what: str) -> None:
+    """One line the first time; none while tracing, where logging would break the graph."""
+    if torch.compiler.is_compiling() or (op, backend, what) in _logged:
+        return
+    _logged.add((op, backend, what))
+    logger.info("%s: backend %s %s", op, backend, what)
+
+
+def backend_report(
+    op: str = "chunk_kda",
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    K: int = 128,
+    V: int = 128,
+    requires_grad: bool = False,
+    state_dtype: torch.dtype | None = None,
+) -> list[BackendStatus]:
+    """Which backends could serve a call of `op`, best first: the call gets the first usable one.
+
+    Without arguments: bf16 inference on this machine's default device. Raises ValueError for an unknown `op`.
+    """
+    if op not in OPERATORS:
+        raise ValueError(f"`op` must be one of {', '.join(OPERATORS)}; got {op!r}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    call = Call(op, torch.device(device), dtype, K, V, requires_grad, state_dtype)
+    wanted = _from_environment()
+    report = []
+    for name in BACKENDS:
+        reason = refusal(name, call)
+        if reason is None and wanted not in ("auto", name) and _implements(wanted, op):
+            reason = f"{VARIABLE}={wanted}"
+        report.append(BackendStatus(name, reason is None, reason))
+    return report

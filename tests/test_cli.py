@@ -1,0 +1,63 @@
+"""The command kda-hf, run as a user runs it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+MODEL = Path(__file__).parent.parent / "models" / "kda-hf-tiny"
+
+
+def kda_hf(*arguments, text=None, cwd=None):
+    command = [sys.executable, "-P", "-m", "kda_hf.cli", *map(str, arguments)]
+    return subprocess.run(command, input=text, capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def test_info_names_the_backends():
+    result = kda_hf("info")
+    assert result.returncode == 0, result.stderr
+    for word in ("kda_hf", "torch", "transformers", "device:", "cuda", "fla", "usable"):
+        assert word in result.stdout
+
+
+def test_generate_streams_and_reports(tmp_path):
+    result = kda_hf("generate", "--model", MODEL, "--prompt", "And the king", "--greedy", "--max-new-tokens", 12, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("And the king")
+    for word in ("prefill", "decode", "tokens/s", "backend"):
+        assert word in result.stdout
+
+
+def test_generate_is_reproducible_and_reads_standard_input():
+    arguments = ("generate", "--model", MODEL, "--prompt", "-", "--seed", 5, "--max-new-tokens", 12)
+    texts = {kda_hf(*arguments, text="And the king").stdout.rsplit("[", 1)[0] for _ in range(2)}
+    assert len(texts) == 1 and texts.pop().startswith("And the king")
+
+
+def test_chat_goes_on_where_it_stopped(tmp_path):
+    arguments = ("chat", "--model", MODEL, "--greedy", "--max-new-tokens", 6)
+    session = ("--session", tmp_path / "talk.safetensors")
+    whole = kda_hf(*arguments, text="Who was the king?\nWhat did he say?\n\n")
+    assert whole.returncode == 0, whole.stderr
+    first = kda_hf(*arguments, *session, text="Who was the king?\n\n")
+    second = kda_hf(*arguments, *session, text="What did he say?\n\n")
+    assert "goes on after" in second.stdout
+    answers = [line.removeprefix("> ") for line in (first.stdout + second.stdout).splitlines() if not line.startswith("[")]
+    assert [line.removeprefix("> ") for line in whole.stdout.splitlines() if not line.startswith("[")] == answers
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("generate", "--model", "./no-such-model"), "no-such-model"),
+        (("generate",), "--model"),
+        (("generate", "--model", MODEL, "--prompt", ""), "--prompt"),
+        (("chant",), "chant"),
+    ],
+)
+def test_errors_are_one_clear_line(arguments, message):
+    result = kda_hf(*arguments)
+    assert result.returncode != 0
+    assert message in result.stderr and "Traceback" not in result.stderr

@@ -1,0 +1,224 @@
+"""generate() in every mode, with our cache: each way of decoding gives the tokens of the plain way."""
+
+import pytest
+import torch
+from transformers import TextIteratorStreamer, set_seed
+from transformers.generation.streamers import BaseStreamer
+
+from kda_hf import KDACache
+
+
+PURE_KDA = {"layer_types": ["linear_attention"] * 2, "num_hidden_layers": 2}
+NEW = 24
+
+
+@pytest.fixture(params=["hybrid", "pure", "rope", "softplus"])
+def model(request, tiny_model):
+    overrides = {
+        "hybrid": {},
+        "pure": PURE_KDA,
+        "rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+        "softplus": {"linear_lower_bound": None},
+    }[request.param]
+    model = tiny_model(pad_token_id=0, bos_token_id=1, eos_token_id=2, **overrides)
+    model.generation_config.update(pad_token_id=0, eos_token_id=None, max_new_tokens=NEW, do_sample=False)
+    return model
+
+
+def prompt(model, batch=1, length=11):
+    return torch.randint(3, 97, (batch, length), device=model.device)
+
+
+def test_greedy_equals_recomputing_everything(model):
+    ids = prompt(model, batch=2)
+    torch.testing.assert_close(model.generate(ids), model.generate(ids, use_cache=False))
+
+
+def test_default_cache_is_ours(model):
+    output = model.generate(prompt(model), return_dict_in_generate=True)
+    assert isinstance(output.past_key_values, KDACache)
+
+
+def test_left_padded_batch_equals_single(model):
+    prompts = [prompt(model, length=length) for length in (4, 11, 70)]
+    ids = torch.zeros(3, 70, dtype=torch.long, device=model.device)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(prompts):
+        ids[row, -tokens.shape[1] :], mask[row, -tokens.shape[1] :] = tokens, 1
+    batch = model.generate(ids, attention_mask=mask)[:, 70:]
+    for row, tokens in enumerate(prompts):
+        torch.testing.assert_close(batch[row], model.generate(tokens)[0, tokens.shape[1] :])
+
+
+@pytest.mark.parametrize("implementation", ["static", "dynamic"])
+def test_cache_implementations(model, implementation):
+    ids = prompt(model, batch=2)
+    output = model.generate(ids, cache_implementation=implementation, return_dict_in_generate=True)
+    assert isinstance(output.past_key_values, KDACache)
+    torch.testing.assert_close(output.sequences, model.generate(ids))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads from a GPU only")
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_offloaded_cache(tiny_model, implementation):
+    model = tiny_model().to("cuda")
+    ids = prompt(model)
+    expected = model.generate(ids, max_new_tokens=NEW, do_sample=False)
+    output = model.generate(ids, max_new_tokens=NEW, do_sample=False, cache_implementation=implementation)
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_chunked_prefill(model, chunk):
+    ids = prompt(model, batch=2, length=70)
+    torch.testing.assert_close(model.generate(ids, prefill_chunk_size=chunk), model.generate(ids))
+
+
+def test_prompt_lookup_is_lossless(model):
+    ids = prompt(model, length=6).repeat(1, 5)
+    expected = model.generate(ids, max_new_tokens=60)
+    output = model.generate(ids, max_new_tokens=60, prompt_lookup_num_tokens=5, return_dict_in_generate=True)
+    torch.testing.assert_close(output.sequences, expected)
+    # the cache that comes back is that of the tokens, less the last one, which was never fed
+    assert output.past_key_values.get_seq_length() == expected.shape[1] - 1
+
+
+@pytest.mark.parametrize("assistant", ["itself", "another"])
+def test_assisted_decoding_is_lossless(model, tiny_model, assistant):
+    helper = model if assistant == "itself" else tiny_model(**PURE_KDA)
+    ids = prompt(model)
+    output = model.generate(ids, assistant_model=helper, max_new_tokens=60)
+    torch.testing.assert_close(output, model.generate(ids, max_new_tokens=60))
+
+
+def test_beams(model):
+    ids = prompt(model, batch=2)
+    settings = {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.0}
+    torch.testing.assert_close(model.generate(ids, **settings), model.generate(ids, use_cache=False, **settings))
+
+
+def test_sampling_and_several_sequences(model):
+    ids = prompt(model, batch=2)
+    outputs = []
+    for use_cache in (True, False):
+        set_seed(7)
+        outputs.append(model.generate(ids, do_sample=True, num_return_sequences=3, use_cache=use_cache))
+    assert outputs[0].shape == (6, 11 + NEW)
+    torch.testing.assert_close(*outputs)
+
+
+def test_streaming(model):
+    class Tokens(BaseStreamer):
+        tokens, ended = [], False
+
+        def put(self, value):
+            self.tokens = self.tokens + value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    streamer, ids = Tokens(), prompt(model)
+    output = model.generate(ids, streamer=streamer)
+    assert streamer.tokens == output[0].tolist() and streamer.ended
+
+
+def test_inputs_embeds(model):
+    ids = prompt(model, batch=2)
+    output = model.generate(inputs_embeds=model.get_input_embeddings()(ids))
+    torch.testing.assert_close(output, model.generate(ids)[:, 11:])
+
+
+@pytest.mark.parametrize("max_rollback", [0, 64])
+def test_conversation_with_a_passed_cache(model, max_rollback):
+    cache = KDACache(model.config, max_rollback=max_rollback)
+    ids = prompt(model)
+    for length in (5, 1, 70):
+        ids = model.generate(ids, past_key_values=cache)
+        expected = model.generate(ids[:, :-NEW])
+        torch.testing.assert_close(ids, expected)
+        ids = torch.cat([ids, prompt(model, length=length)], dim=1)
+
+
+def test_conversation_that_is_saved(model, tmp_path):
+    cache = KDACache(model.config)
+    first = model.generate(prompt(model), past_key_values=cache)
+    ids = torch.cat([first, prompt(model)], dim=1)
+    cache.save(tmp_path / "state.safetensors")
+    expected = model.generate(ids, past_key_values=cache)
+    loaded = KDACache.load(tmp_path / "state.safetensors", model.config, device=model.device)
+    torch.testing.assert_close(model.generate(ids, past_key_values=loaded), expected)
+
+
+@torch.no_grad()
+def test_fork_and_restore(model):
+    ids = prompt(model, length=20)
+    cache = KDACache(model.config)
+    model(ids[:, :-1], past_key_values=cache)
+    snapshot = cache.snapshot()
+    expected = model.generate(ids)
+
+    set_seed(3)
+    forked = model.generate(ids.repeat(4, 1), past_key_values=cache.fork(4), do_sample=True)
+    set_seed(3)
+    torch.testing.assert_close(forked, model.generate(ids.repeat(4, 1), do_sample=True))
+
+    for _ in range(2):
+        torch.testing.assert_close(model.generate(ids, past_key_values=cache), expected)
+        cache.restore(snapshot)
+
+
+@pytest.mark.parametrize("block", [1, 3, 9])
+@pytest.mark.parametrize("removed", [1, 2, 9])
+@torch.no_grad()
+def test_crop_leaves_no_trace(model, block, removed, relative_error):
+    if removed > block:
+        pytest.skip("there is nothing more to remove")
+    ids = prompt(model, batch=2, length=80)
+    cache, clean = KDACache(model.config), KDACache(model.config)
+    model(ids, past_key_values=cache)
+    model(ids, past_key_values=clean)
+    new = prompt(model, batch=2, length=block)
+    model(new, past_key_values=cache)
+    cache.crop(-removed)
+    if block > removed:
+        model(new[:, :-removed], past_key_values=clean)
+    assert cache.get_seq_length() == clean.get_seq_length() == 80 + block - removed
+    for ours, theirs in zip(cache.layers, clean.layers, strict=True):
+        if hasattr(ours, "recurrent_states"):
+            assert relative_error(ours.recurrent_states[0], theirs.recurrent_states[0]) < 1e-5
+            assert relative_error(ours.conv_states[0], theirs.conv_states[0]) < 1e-5
+    following = prompt(model, batch=2, length=2)
+    logits = model(following, past_key_values=cache).logits
+    assert relative_error(logits, model(following, past_key_values=clean).logits) < 1e-4
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_memory_does_not_grow(tiny_model, device):
+    model = tiny_model(**PURE_KDA)
+    cache = KDACache(model.config)
+    model(torch.randint(97, (1, 300), device=device), past_key_values=cache)
+    model(torch.randint(97, (1, 1), device=device), past_key_values=cache)
+    sizes = {cache.nbytes}
+    for length in [4000, 1, 64, 4000, 2000] + [1] * 200:
+        model(torch.randint(97, (1, length), device=device), past_key_values=cache)
+        sizes.add(cache.nbytes)
+    assert cache.get_seq_length() > 10_000 and len(sizes) == 1
+
+
+def test_text_iterator_streamer_works_with_a_thread(tiny_model):
+    """The way servers stream: generate() in a thread, text from an iterator."""
+    from threading import Thread
+
+    class Letters:
+        def decode(self, tokens, **kwargs):
+            return "".join(chr(97 + token % 26) for token in tokens) + " "
+
+    model = tiny_model()
+    streamer = TextIteratorStreamer(Letters(), skip_prompt=True)
+    ids = prompt(model)
+    thread = Thread(target=model.generate, args=(ids,), kwargs={"streamer": streamer, "max_new_tokens": 8})
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert len(text) >= 8
