@@ -5,6 +5,7 @@ it needs no GPU.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from . import ops
 from .cache import KDACache
@@ -17,6 +18,8 @@ __version__ = "0.1.0"
 AutoConfig.register(KDAConfig.model_type, KDAConfig, exist_ok=True)
 AutoModel.register(KDAConfig, KDAModel, exist_ok=True)
 AutoModelForCausalLM.register(KDAConfig, KDAForCausalLM, exist_ok=True)
+MODEL_MAPPING_NAMES[KDAConfig.model_type] = KDAModel.__name__
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[KDAConfig.model_type] = KDAForCausalLM.__name__
 
 __all__ = [
     "KDACache",

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer, StaticCache, StaticLayer
 from transformers.utils import is_torchdynamo_compiling
 
 
@@ -58,7 +58,9 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
-    elif isinstance(value, (KDACacheLayer, DynamicLayer, StaticLayer, _History)):
+    elif isinstance(value, _History):
+        yield from _tensors(value.fields())
+    elif isinstance(value, (KDACacheLayer, DynamicLayer, StaticLayer)):
         yield from _tensors(vars(value))
 
 
@@ -84,7 +86,7 @@ def _overwrite(target: Any, source: Any) -> Any:
         return type(source)(_overwrite(*pair) for pair in zip(targets, source, strict=True))
     if isinstance(source, _History):
         history = copy.copy(source)
-        vars(history).update(_overwrite(None if target is None else vars(target), vars(source)))
+        history.set_fields(_overwrite(None if target is None else target.fields(), source.fields()))
         return history
     return source
 
@@ -113,6 +115,19 @@ class _History:
         conv_inputs, g, beta: a first block, whose shapes `[B, T, ...]`, dtypes and device the buffers take over.
     """
 
+    # No `__dict__`: transformers' exporters take every tensor that they reach through `vars` for an output of the model.
+    __slots__ = (
+        "capacity",
+        "length",
+        "replay",
+        "has_padding",
+        "tokens",
+        "base",
+        "base_is_empty",
+        "mark",
+        "mark_position",
+    )
+
     def __init__(self, capacity: int, conv_inputs: torch.Tensor, g: torch.Tensor, beta: torch.Tensor):
         self.capacity = capacity
         self.length = 0
@@ -127,11 +142,18 @@ class _History:
         self.mark: Any = None
         self.mark_position = 0
 
+    def fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def set_fields(self, fields: dict[str, Any]) -> None:
+        for name, value in fields.items():
+            setattr(self, name, value)
+
     def __deepcopy__(self, memo):
         # `replay` reaches the layer of the model, which a copy of the cache must not copy.
         memo[id(self.replay)] = self.replay
         copied = memo[id(self)] = copy.copy(self)
-        vars(copied).update(copy.deepcopy(vars(self), memo))
+        copied.set_fields(copy.deepcopy(self.fields(), memo))
         return copied
 
     def fits(self, *block: torch.Tensor) -> bool:
@@ -289,6 +311,8 @@ class KDACacheLayer(_BatchInPlace, LinearAttentionLayer):
         Never inside a compiled forward with `max_cache_len`: the length of the history is a Python number, so CUDA
         graphs would be recorded again at every step.
         """
+        if torch.compiler.is_exporting():
+            return False
         return self.max_rollback > 0 and not (self.is_compileable and torch.compiler.is_compiling())
 
     @property
@@ -576,7 +600,7 @@ class KDACache(Cache):
                 raise ValueError(
                     f"`config.layer_types[{idx}]` must be 'linear_attention' or 'full_attention', got {layer_type!r}."
                 )
-        super().__init__(layers=layers, offloading=offloading)
+        Cache.__init__(self, layers=layers, offloading=offloading)
         self._max_cache_len = max_cache_len
         self.state_dtype = state_dtype
         self._shape_fields = _shape_fields(config)
@@ -784,6 +808,14 @@ class KDACache(Cache):
             elif f"layers.{idx}.keys" in tensors:
                 layer.update(tensors[f"layers.{idx}.keys"], tensors[f"layers.{idx}.values"])
         return cache
+
+
+class KDADynamicCache(KDACache, DynamicCache):
+    """A [`KDACache`] that grows, for code that asks for transformers' `DynamicCache`."""
+
+
+class KDAStaticCache(KDACache, StaticCache):
+    """A [`KDACache`] with `max_cache_len`, for code that asks for transformers' `StaticCache`."""
 
 
 def _reset_layer(layer: KDACacheLayer | DynamicLayer | KDAStaticLayer) -> None:

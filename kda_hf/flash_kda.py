@@ -2,4 +2,5 @@
 
 from .ops import fwd
 
+
 __all__ = ["fwd"]

@@ -2,7 +2,7 @@
 
 from transformers import DynamicCache, StaticCache
 
-from .cache import KDACache
+from .cache import KDADynamicCache, KDAStaticCache
 
 
 class KDAGenerationMixin:
@@ -14,9 +14,11 @@ class KDAGenerationMixin:
         made = model_kwargs.get("past_key_values")
         if given is None and isinstance(made, (DynamicCache, StaticCache)):
             # Nothing rolls this cache back unless decoding is assisted, and that asks for it (`activate_past_recording`)
-            cache = KDACache(
+            # A static cache of KDA layers alone knows no length
+            is_static = isinstance(made, StaticCache)
+            cache = (KDAStaticCache if is_static else KDADynamicCache)(
                 self.config,
-                max_cache_len=made.get_max_length() if isinstance(made, StaticCache) else None,
+                max_cache_len=self._previous_max_cache_length if is_static else None,
                 offloading=made.offloading,
                 max_rollback=0,
             )

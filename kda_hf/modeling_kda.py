@@ -402,7 +402,7 @@ class KDAPreTrainedModel(PreTrainedModel):
             shapes = [f"{key} is {list(found)}, not {list(own)}" for key, found, own in sorted(info["mismatched_keys"])]
             raise RuntimeError(f"{pretrained_model_name_or_path} has weights of another shape: {'; '.join(shapes)}")
         missing = sorted(key for key in info["missing_keys"] if ".linear_attn." in key)
-        if missing and not lenient and kwargs.get("state_dict") is None:
+        if missing and not with_info and not lenient and kwargs.get("state_dict") is None:
             raise RuntimeError(f"{pretrained_model_name_or_path} lacks weights of KDA layers: {', '.join(missing)}")
         return (model, info) if with_info else model
 
@@ -481,7 +481,9 @@ class KDAModel(KDAPreTrainedModel):
             if attention_mask is not None:
                 raise ValueError("`attention_mask` can't be combined with `cu_seqlens`: packed inputs have no padding")
             if past_key_values is not None and has_attention:
-                raise ValueError("`cu_seqlens` can't be combined with `past_key_values` in a model with attention layers")
+                raise ValueError(
+                    "`cu_seqlens` can't be combined with `past_key_values` in a model with attention layers"
+                )
             use_cache = use_cache and not has_attention
             if position_ids is None:
                 position_ids = _packed_position_ids(cu_seqlens, length)

@@ -23,7 +23,9 @@ def test_info_names_the_backends():
 
 
 def test_generate_streams_and_reports(tmp_path):
-    result = kda_hf("generate", "--model", MODEL, "--prompt", "And the king", "--greedy", "--max-new-tokens", 12, cwd=tmp_path)
+    result = kda_hf(
+        "generate", "--model", MODEL, "--prompt", "And the king", "--greedy", "--max-new-tokens", 12, cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("And the king")
     for word in ("prefill", "decode", "tokens/s", "backend"):
@@ -44,7 +46,9 @@ def test_chat_goes_on_where_it_stopped(tmp_path):
     first = kda_hf(*arguments, *session, text="Who was the king?\n\n")
     second = kda_hf(*arguments, *session, text="What did he say?\n\n")
     assert "goes on after" in second.stdout
-    answers = [line.removeprefix("> ") for line in (first.stdout + second.stdout).splitlines() if not line.startswith("[")]
+    answers = [
+        line.removeprefix("> ") for line in (first.stdout + second.stdout).splitlines() if not line.startswith("[")
+    ]
     assert [line.removeprefix("> ") for line in whole.stdout.splitlines() if not line.startswith("[")] == answers
 
 

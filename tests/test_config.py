@@ -14,7 +14,9 @@ def test_no_rope_by_default():
     assert KDAConfig().rope_parameters is None
 
 
-@pytest.mark.parametrize("rope", [{"rope_theta": 500.0}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}])
+@pytest.mark.parametrize(
+    "rope", [{"rope_theta": 500.0}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}]
+)
 def test_rope(rope):
     assert KDAConfig(**rope).rope_parameters == {"rope_type": "default", "rope_theta": 500.0}
 
@@ -22,7 +24,9 @@ def test_rope(rope):
 @pytest.mark.parametrize("rope", [None, {"rope_type": "default", "rope_theta": 500.0}])
 @pytest.mark.parametrize("lower_bound", [None, -5.0, -2.5])
 def test_round_trip(tmp_path, rope, lower_bound):
-    config = KDAConfig(rope_parameters=rope, linear_lower_bound=lower_bound, linear_num_heads=2, linear_num_value_heads=4)
+    config = KDAConfig(
+        rope_parameters=rope, linear_lower_bound=lower_bound, linear_num_heads=2, linear_num_value_heads=4
+    )
     config.save_pretrained(tmp_path)
     assert KDAConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 

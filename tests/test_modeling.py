@@ -150,7 +150,9 @@ def test_packed_layer_fills_a_cache_of_sequences(tiny_model, device, relative_er
     assert relative_error(state[2], alone.layers[1].recurrent_states[0][0]) < 1e-5
 
 
-@pytest.mark.parametrize("make_cache", [KDACache, lambda c: KDACache(c, max_cache_len=140), lambda c: DynamicCache(config=c)])
+@pytest.mark.parametrize(
+    "make_cache", [KDACache, lambda c: KDACache(c, max_cache_len=140), lambda c: DynamicCache(config=c)]
+)
 @pytest.mark.parametrize("pieces", [[140], [64, 64, 12], [1] * 5 + [100] + [1] * 35, [3, 17, 120]])
 @torch.no_grad()
 def test_forward_in_pieces(model, make_cache, pieces, device, relative_error):

@@ -88,7 +88,9 @@ def test_greedy_tokens_do_not_depend_on_the_way(tokenizer, device, dtype):
 def test_speculation_is_lossless(tokenizer, model):
     ids = tokenizer(PROMPTS[0], return_tensors="pt").to(model.device)["input_ids"]
     plain = model.generate(ids, do_sample=False, max_new_tokens=80)
-    torch.testing.assert_close(model.generate(ids, do_sample=False, max_new_tokens=80, prompt_lookup_num_tokens=4), plain)
+    torch.testing.assert_close(
+        model.generate(ids, do_sample=False, max_new_tokens=80, prompt_lookup_num_tokens=4), plain
+    )
 
 
 def test_it_writes_words(tokenizer, model):

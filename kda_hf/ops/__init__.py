@@ -6,6 +6,7 @@ from . import backends, checks, chunked, fla
 from . import library as library  # registers the operators
 from .backends import backend_report
 
+
 __all__ = [
     "backend_report",
     "causal_conv1d",
@@ -31,7 +32,7 @@ def fwd(
     final_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> None:
-    """FlashKDA's forward call: L2 norm of q and k, sigmoid of β and the gate are all applied inside. Not differentiable.
+    """FlashKDA's forward call: L2 norm of q and k, sigmoid of β and the gate are applied inside. Not differentiable.
 
     Args:
         q, k: [B, T, H, K], bf16, fp16 or fp32 (as all tensors without a dtype here).
@@ -115,15 +116,15 @@ def chunk_kda(
         allow_neg_eigval: β = 2 sigmoid(beta); needs `use_beta_sigmoid_in_kernel`.
         state_v_first: states are [N, HV, V, K]. `transpose_state_layout` is the older name.
         return_intermediate_states: return also the states before every 64th token of each sequence.
-        cu_seqlens: [N + 1] int32 or int64, boundaries of sequences packed along T; B must be 1. A sequence may be empty.
+        cu_seqlens: [N + 1] int32 or int64, boundaries of sequences packed along T; B must be 1. Some may be empty.
         cu_seqlens_cpu: a copy on the CPU, for backends that plan on the host.
         backend: "cuda", "fla" or "torch"; by default KDA_HF_BACKEND decides, and else the best that can serve.
 
     Returns:
         o [B, T, HV, V] in the dtype of v, zeros past `cu_seqlens[-1]`; the final state in the dtype of `initial_state`,
-        fp32 without one, or None; and, if asked for, the intermediate states [B, NT, HV, K, V] in that dtype. For packed
-        sequences NT counts the chunks of all of them, in order. Where the values of `cu_seqlens` cannot be read without
-        waiting (on a GPU without `cu_seqlens_cpu`, or compiled), NT is the most chunks that there could be,
+        fp32 without one, or None; and, if asked for, the intermediate states [B, NT, HV, K, V] in that dtype. For
+        packed sequences NT counts the chunks of all of them, in order. Where the values of `cu_seqlens` cannot be read
+        without waiting (on a GPU without `cu_seqlens_cpu`, or compiled), NT is the most chunks that there could be,
         `min(T, (T + 63 N) // 64)`, and the rows beyond the real ones mean nothing.
 
     Raises:
@@ -133,10 +134,29 @@ def chunk_kda(
     Source: arXiv 2510.26692, sections 2 and 3.
     """
     o, final_state, states = _kda(
-        *("chunk_kda", q, k, v, g, beta, scale, initial_state, None, output_final_state, A_log, dt_bias, lower_bound),
-        *(safe_gate, use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval),
+        "chunk_kda",
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        None,
+        output_final_state,
+        A_log,
+        dt_bias,
+        lower_bound,
+        safe_gate,
+        use_gate_in_kernel,
+        use_qk_l2norm_in_kernel,
+        use_beta_sigmoid_in_kernel,
+        allow_neg_eigval,
         state_v_first if transpose_state_layout is None else transpose_state_layout,
-        *(return_intermediate_states, cu_seqlens, cu_seqlens_cpu, backend),
+        return_intermediate_states,
+        cu_seqlens,
+        cu_seqlens_cpu,
+        backend,
     )
     return (o, final_state, states) if return_intermediate_states else (o, final_state)
 
@@ -173,17 +193,36 @@ def recurrent_kda(
 
     Args:
         state_indices: [N] int32 or int64. `initial_state` is then a pool [P, HV, K, V] ([V, K] with `state_v_first`):
-            sequence n starts from row `state_indices[n]` and leaves its final state there, in place. A negative index skips
-            the sequence: its output is zeros and the pool is untouched. The rows must differ. Not differentiable.
+            sequence n starts from row `state_indices[n]` and leaves its final state there, in place. A negative index
+            skips the sequence: its output is zeros and the pool is untouched. The rows must differ. Not differentiable.
 
     Returns:
         as :func:`chunk_kda`; with `state_indices` the final state is the pool.
     """
     o, final_state, states = _kda(
-        *("recurrent_kda", q, k, v, g, beta, scale, initial_state, state_indices, output_final_state, A_log, dt_bias),
-        *(lower_bound, safe_gate, use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel),
-        *(allow_neg_eigval, state_v_first if transpose_state_layout is None else transpose_state_layout),
-        *(return_intermediate_states, cu_seqlens, cu_seqlens_cpu, backend),
+        "recurrent_kda",
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        state_indices,
+        output_final_state,
+        A_log,
+        dt_bias,
+        lower_bound,
+        safe_gate,
+        use_gate_in_kernel,
+        use_qk_l2norm_in_kernel,
+        use_beta_sigmoid_in_kernel,
+        allow_neg_eigval,
+        state_v_first if transpose_state_layout is None else transpose_state_layout,
+        return_intermediate_states,
+        cu_seqlens,
+        cu_seqlens_cpu,
+        backend,
     )
     return (o, final_state, states) if return_intermediate_states else (o, final_state)
 
@@ -217,8 +256,19 @@ def _kda(
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     checks.kda(
-        *(q, k, v, g, beta, A_log, dt_bias, lower_bound, initial_state, state_indices, state_v_first),
-        *(cu_seqlens, cu_seqlens_cpu),
+        q,
+        k,
+        v,
+        g,
+        beta,
+        A_log,
+        dt_bias,
+        lower_bound,
+        initial_state,
+        state_indices,
+        state_v_first,
+        cu_seqlens,
+        cu_seqlens_cpu,
     )
     checks.flags(safe_gate, use_gate, lower_bound, use_beta_sigmoid, allow_neg_eigval)
     if scale is None:
@@ -232,7 +282,12 @@ def _kda(
             f"`state_indices` updates the states in place, which has no {lacking}; got a call that wants them"
         )
     call = backends.Call(
-        *(op, q.device, q.dtype, q.shape[-1], v.shape[-1], requires_grad),
+        op,
+        q.device,
+        q.dtype,
+        q.shape[-1],
+        v.shape[-1],
+        requires_grad,
         state_dtype=None if initial_state is None else initial_state.dtype,
         tokens=q.shape[1],
         packed=cu_seqlens is not None,
@@ -274,10 +329,10 @@ def causal_conv1d(
         weight: [D, W]; the last column meets the current token.
         bias: [D] or None.
         activation: "silu", "swish" (the same) or None.
-        initial_state: [N, D, W], the last W inputs before the first token, oldest first; zeros by default. N is B, or the
-            number of packed sequences. Column 0 is out of the reach of the first token.
+        initial_state: [N, D, W], the last W inputs before the first token, oldest first; zeros by default. N is B, or
+            the number of packed sequences. Column 0 is out of the reach of the first token.
         output_final_state: whether to return the last W inputs of each sequence.
-        cu_seqlens: [N + 1] int32 or int64, boundaries of sequences packed along T; B must be 1. A sequence may be empty.
+        cu_seqlens: [N + 1] int32 or int64, boundaries of sequences packed along T; B must be 1. Some may be empty.
 
     Returns:
         y [B, T, D] in the dtype of x, zeros past `cu_seqlens[-1]`; and the final state [N, D, W] in the dtype of

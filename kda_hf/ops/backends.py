@@ -2,11 +2,12 @@
 
 import logging
 import os
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 
 from . import cuda, fla
+
 
 logger = logging.getLogger("kda_hf")
 
@@ -36,16 +37,16 @@ class Call(NamedTuple):
     state_pool: bool = False
 
 
-class BackendStatus(NamedTuple):
+class BackendStatus(TypedDict):
     backend: str
     usable: bool
-    reason: str | None  # why not, where it is not usable
+    reason: str  # why not; empty where it is usable
 
 
 def _refused_by_cuda(call: Call) -> str | None:
     if os.environ.get("FLA_FLASH_KDA") == "0":
         return "FLA_FLASH_KDA=0"
-    return cuda.refusal(call.op, call.device)
+    return cuda.refusal(call.op, call.device, call.requires_grad)
 
 
 def _refused_by_fla(call: Call) -> str | None:
@@ -90,8 +91,12 @@ def _from_environment() -> str:
     return name
 
 
-def _implements(backend: str, op: str) -> bool:
-    return backend != "fla" or op in FLA_OPERATORS
+def _binds(backend: str, call: Call) -> bool:
+    """Whether the variable, which speaks for all operators, decides this call: a backend may lack an operator
+    altogether, and gradients are computed where they can be."""
+    if backend == "fla":
+        return call.op in FLA_OPERATORS
+    return backend == "torch" or (backend == "cuda" and not call.requires_grad)
 
 
 def select(call: Call, backend: str | None = None) -> str:
@@ -105,8 +110,7 @@ def select(call: Call, backend: str | None = None) -> str:
         _require(backend, call, f"backend={backend!r}")
         return backend
     wanted = _from_environment() if backend is None else "auto"
-    # The variable speaks for all operators: it does not bind those that the backend lacks altogether.
-    if wanted != "auto" and _implements(wanted, call.op):
+    if _binds(wanted, call):
         _require(wanted, call, f"{VARIABLE}={wanted}")
         return wanted
     for name in BACKENDS:
@@ -160,7 +164,7 @@ def backend_report(
     report = []
     for name in BACKENDS:
         reason = refusal(name, call)
-        if reason is None and wanted not in ("auto", name) and _implements(wanted, op):
+        if reason is None and wanted != name and _binds(wanted, call):
             reason = f"{VARIABLE}={wanted}"
-        report.append(BackendStatus(name, reason is None, reason))
+        report.append(BackendStatus(backend=name, usable=reason is None, reason=reason or ""))
     return report

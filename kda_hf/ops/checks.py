@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 

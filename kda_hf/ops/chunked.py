@@ -27,7 +27,7 @@ def max_chunks(tokens: int, sequences: int) -> int:
 
 
 class ChunkMap(NamedTuple):
-    """Where the chunks of packed sequences lie: built on the device, of a shape that `cu_seqlens` values do not change."""
+    """Where the chunks of packed sequences lie: built on the device, its shape independent of `cu_seqlens` values."""
 
     token: torch.Tensor  # [NT * C] index of the token, T where the slot is empty
     sequence: torch.Tensor  # [NT] sequence that the chunk belongs to
@@ -72,9 +72,9 @@ def _prepare(
 
     Blocks of 1, 2, 4, ... tokens are merged in pairs. Between the two blocks of a pair every decay is a product of two
     factors that meet at the boundary: from the boundary to the later token, and from the earlier token to the boundary.
-    Both are products of decays and so at most 1: nothing can overflow, no quotient is formed, and what underflows is zero
-    in exact arithmetic to fp32's range. That holds for every gate, however steep, in the backward pass too. A pair's
-    cross block of A gives the inverse of I + A by block substitution.
+    Both are products of decays and so at most 1: nothing overflows, no quotient or difference of sums is formed, and
+    what underflows is a zero to fp32's range. That holds for every gate, however steep, in the backward pass too. The
+    cross block of A extends the inverse of I + A by block substitution.
     """
     decay = g.exp()  # [M, blocks, K] over the whole block
     beta_k = beta * k
@@ -118,7 +118,7 @@ def chunked_kda(
     if initial_state is None:
         initial_state = k.new_zeros(sequences, heads, K, V)
     if batch * tokens * sequences * heads == 0:
-        return torch.zeros_like(v), initial_state.clone(), k.new_zeros(batch, 0, heads, K, V)
+        return torch.zeros_like(v), initial_state.clone(), k.new_zeros(batch, chunks_of(tokens), heads, K, V)
 
     packed = None if cu_seqlens is None else chunk_map(cu_seqlens, tokens)
     if packed is None:
@@ -129,7 +129,7 @@ def chunked_kda(
         size, chunks = CHUNK_SIZE, len(packed.sequence)
 
     def to_chunks(x: torch.Tensor) -> torch.Tensor:
-        """[B,T,HV,D] → [NT * B * HV, C, D], zeros where there is no token: a zero β and log-decay leave a state alone."""
+        """[B,T,HV,D] → [NT * B * HV, C, D], zeros where there is no token: zero β and log-decay leave a state alone."""
         if packed is None:
             x = F.pad(x, (0, 0, 0, 0, 0, chunks * size - tokens)) if tokens < chunks * size else x
             x = x.unflatten(1, (chunks, size)).permute(1, 0, 3, 2, 4)

@@ -16,17 +16,14 @@ def causal_conv1d(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y_t = activation(bias + Σ_w weight[:, w] x_{t - W + 1 + w}) for x [B,T,D], weight [D,W].
 
-    Inputs before the first token come from `initial_state` [N,D,W], else they are zeros. Returns y [B,T,D] and the last W
-    inputs of each sequence [N,D,W], oldest first, both in the compute dtype.
+    Inputs before the first token come from `initial_state` [N,D,W], else they are zeros. Returns y [B,T,D] and the last
+    W inputs of each sequence [N,D,W], oldest first, both in the compute dtype.
     """
     dtype = compute_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
     (batch, tokens, channels), width = x.shape, weight.shape[1]
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    if initial_state is None:
-        history = x.new_zeros(sequences, channels, width)
-    else:
-        history = initial_state.to(dtype)
+    history = x.new_zeros(sequences, channels, width) if initial_state is None else initial_state.to(dtype)
 
     if cu_seqlens is not None:
         y, final_state = _packed(x[0], weight, history, cu_seqlens.long())

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+
 EXTENSION = Path(__file__).parents[1] / "_C.abi3.so"
 
 
@@ -21,8 +22,12 @@ def _load() -> str | None:
 _unavailable = _load()
 
 
-def refusal(op: str, device: torch.device) -> str | None:
+def refusal(op: str, device: torch.device, requires_grad: bool) -> str | None:
     """Why the extension cannot serve `op` on `device`, or None."""
     if device.type != "cuda":
         return f"the tensors are on {device}"
-    return _unavailable or f"the CUDA extension has no kernel for {op}"
+    if _unavailable is not None:
+        return _unavailable
+    if requires_grad:
+        return "the inputs require grad, and the CUDA operators have no backward"
+    return f"the CUDA extension has no kernel for {op}"

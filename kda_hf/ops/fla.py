@@ -60,6 +60,7 @@ def kda(
     if op == "recurrent_kda" and not requires_grad:
         o, final_state = fused_recurrent_kda(q, k, v, g, beta, **options)
     else:  # FLA's token recurrence has no backward
+        safe_gate = safe_gate and lower_bound != 0  # FLA excludes a bound of 0
         o, final_state = chunk_kda(q, k, v, g, beta, safe_gate=safe_gate, cu_seqlens_cpu=cu_seqlens_cpu, **options)
     if cu_seqlens is not None:  # FLA leaves what follows the last sequence undefined
         is_past = torch.arange(q.shape[1], device=q.device) >= cu_seqlens[-1]

@@ -1,7 +1,7 @@
 """The PyTorch operators as `torch.library` custom ops: schemas, kernels, fake kernels and gradients.
 
-A gradient is computed from the saved inputs alone: the backward op runs the differentiable chunked form once more, so that
-what is kept between the two passes is the inputs.
+A gradient is computed from the saved inputs alone: the backward op runs the differentiable chunked form once more, so
+that what is kept between the two passes is the inputs.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import chunked, conv, recurrent, reference
+
 
 Tensors = tuple[torch.Tensor, ...]
 Kernel = Callable[..., Any]
@@ -56,7 +57,9 @@ def differentiate(
     needs_grad: Sequence[bool],
 ) -> Tensors:
     """Vector-Jacobian product of `forward` for the tensors that need it; an empty tensor for each of the others."""
-    with torch.enable_grad():
+    # A compiled graph runs with autograd's dispatch key off: on again, or `forward` records nothing.
+    autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with autograd, torch.enable_grad():
         leaves = [
             None if x is None else x.detach().requires_grad_(needed)
             for x, needed in zip(tensors, needs_grad, strict=True)
@@ -173,8 +176,8 @@ def _sequences(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
     "bool output_states) -> (Tensor o, Tensor final_state, Tensor states)"
 )
 def chunk_kda(q: torch.Tensor, *args: Any) -> Tensors:
-    *args, output_final_state, output_states = args
-    o, final_state, states = _chunk_forward(q, *args)
+    *inputs, output_final_state, output_states = args
+    o, final_state, states = _chunk_forward(q, *inputs)
     return (
         o.contiguous(),
         final_state if output_final_state else final_state.new_empty(0),
@@ -202,8 +205,8 @@ def _(q: torch.Tensor, *args: Any) -> Tensors:
     "-> (Tensor o, Tensor final_state)"
 )
 def recurrent_kda(q: torch.Tensor, *args: Any) -> Tensors:
-    *args, output_final_state = args
-    o, final_state = _recurrent_forward(q, *args)
+    *inputs, output_final_state = args
+    o, final_state = _recurrent_forward(q, *inputs)
     return o.contiguous(), final_state if output_final_state else final_state.new_empty(0)
 
 
@@ -218,7 +221,8 @@ def _(q: torch.Tensor, *args: Any) -> Tensors:
 
 
 @define(
-    f"recurrent_kda_pool({INPUTS.format(state='Tensor(a!) state_pool')}, {ACTIVATIONS}, Tensor state_indices) -> Tensor o"
+    f"recurrent_kda_pool({INPUTS.format(state='Tensor(a!) state_pool')}, {ACTIVATIONS}, Tensor state_indices) "
+    "-> Tensor o"
 )
 def recurrent_kda_pool(
     q: torch.Tensor,
@@ -244,15 +248,8 @@ def recurrent_kda_pool(
     row = torch.where(used, row, used.byte().argmax())
     indices = indices[row].clamp(0, len(state_pool) - 1)
     before = state_pool.index_select(0, indices)
-    inputs = (q, k, v, g, beta)
-    if cu_seqlens is None:
-        o, after = _recurrent_forward(
-            *(x[row] for x in inputs), before, A_log, dt_bias, None, state_v_first, *activations
-        )
-    else:
-        o, after = _recurrent_forward(*inputs, before, A_log, dt_bias, cu_seqlens, state_v_first, *activations)
-        after = after[row]
-    state_pool.index_copy_(0, indices, torch.where(used[row, None, None, None], after, before))
+    o, after = _recurrent_forward(q, k, v, g, beta, before, A_log, dt_bias, cu_seqlens, state_v_first, *activations)
+    state_pool.index_copy_(0, indices, torch.where(used[row, None, None, None], after[row], before))
     if cu_seqlens is None:
         is_used = used[:, None]
     else:
@@ -358,8 +355,8 @@ def _conv_forward(
     "bool output_final_state) -> (Tensor y, Tensor final_state)"
 )
 def causal_conv1d(x: torch.Tensor, *args: Any) -> Tensors:
-    *args, output_final_state = args
-    y, final_state = _conv_forward(x, *args)
+    *inputs, output_final_state = args
+    y, final_state = _conv_forward(x, *inputs)
     return y.contiguous(), final_state.contiguous() if output_final_state else final_state.new_empty(0)
 
 
@@ -387,7 +384,7 @@ def causal_conv1d_backward(*args: Any) -> Tensors:
     *tensors, activation, cu_seqlens, grad_y, grad_final_state, needs_grad = args
 
     def forward(*leaves: torch.Tensor | None) -> Tensors:
-        return _conv_forward(*leaves, activation, cu_seqlens)  # type: ignore[arg-type]
+        return _conv_forward(*leaves, activation, cu_seqlens)  # type: ignore[arg-type, call-arg]
 
     return differentiate(forward, tensors, (grad_y, grad_final_state), needs_grad)
 

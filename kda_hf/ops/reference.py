@@ -7,6 +7,7 @@ against :func:`kda_reference`, which runs in any floating dtype up to float64. S
 import torch
 import torch.nn.functional as F
 
+
 NORM_EPS = 1e-6
 INTERMEDIATE_STRIDE = 64  # tokens between two returned intermediate states, as in FLA
 
@@ -24,12 +25,12 @@ def l2norm(x: torch.Tensor) -> torch.Tensor:
 def log_decay(
     g: torch.Tensor, A_log: torch.Tensor | None, dt_bias: torch.Tensor | None, lower_bound: float | None
 ) -> torch.Tensor:
-    """Log-decay [..., HV, K] from gate logits: the bounded ("safe") gate with a `lower_bound`, else the softplus gate."""
+    """Log-decay [..., HV, K] from gate logits: the bounded ("safe") gate if there is a bound, else softplus."""
     if dt_bias is not None:
         g = g + dt_bias.to(g.dtype).reshape(g.shape[-2:])
     rate = 1.0 if A_log is None else A_log.to(g.dtype).exp().reshape(-1, 1)
     if lower_bound is None:
-        return rate * F.logsigmoid(-g)  # -rate * softplus(g); F.softplus turns linear, hence inexact, above 20
+        return -rate * F.softplus(g, threshold=40)  # exact in float64; the default of 20, where it turns linear, is not
     return lower_bound * torch.sigmoid(rate * g)
 
 
@@ -83,7 +84,7 @@ def kda_reference(
     state_v_first: bool = False,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The recurrence of arXiv 2510.26692 with q, k [B,T,H,K], v [B,T,HV,V], g [B,T,HV,K], beta [B,T,HV], states per sequence:
+    """The recurrence of arXiv 2510.26692, for q, k [B,T,H,K], v [B,T,HV,V], g [B,T,HV,K], beta [B,T,HV]:
 
         S ← Diag(exp g_t) S,   u_t = β_t (v_t - Sᵀ k_t),   S ← S + k_t u_tᵀ,   o_t = scale · Sᵀ q_t
 

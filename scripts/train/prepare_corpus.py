@@ -4,13 +4,14 @@
     python scripts/train/prepare_corpus.py --out .data            # downloads, about ten minutes on two cores
     python scripts/train/prepare_corpus.py --out .data --only r-cran-janeaustenr --sample 5
 
-Each package of `PACKAGES` is fetched with `apt-get download` and read as a stream: nothing is installed or unpacked. Out of
-its files come paragraphs of English prose; markup, tables, code, menus and everything that does not read like sentences is
-dropped, repeated paragraphs are dropped across all packages, and about one block in a hundred is held out by a hash of its
-text, so that the split stays the same when sources are added.
+Each package of `PACKAGES` is fetched with `apt-get download` and read as a stream: nothing is installed or unpacked.
+Out of its files come paragraphs of English prose; markup, tables, code, menus and everything that does not read like
+sentences is dropped, repeated paragraphs are dropped across all packages, and about one block in a hundred is held
+out by a hash of its text, so that the split stays the same when sources are added.
 
-Writes to `--out`: `train.txt` and `heldout.txt` (documents separated by `<|endoftext|>`), `heldout_small.txt` (public-domain
-text only, small enough to ship with the model) and `sources.json` (package, version, licence, bytes kept).
+Writes to `--out`: `train.txt` and `heldout.txt` (documents separated by `<|endoftext|>`), `heldout_small.txt` (only
+its public-domain text, small enough to ship with the model) and `sources.json` (package, version, licence, bytes
+kept).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+
 SEPARATOR = "<|endoftext|>"
 BLOCK_BYTES = 6_000  # documents are cut into blocks of about this size: the unit of the held-out split
 HELDOUT_PER_MILLE = 10
@@ -47,6 +49,7 @@ class Package(NamedTuple):
     paths: str  # regular expression, searched in the path of each file
     cap: int = 3_000_000  # most bytes kept, so that no manual drowns the narrative
     public_domain: bool = False
+    licence: str = ""  # where the package's own copyright file does not tell it plainly
 
 
 HTML = r"\.x?html?(\.gz)?$"
@@ -67,8 +70,24 @@ PACKAGES = [
     Package("miscfiles", "text", r"/state/|/misc/.*(const|decl|magna).*"),
     # Stories told by games: dialogue and descriptions
     *(
-        Package(f"wesnoth-1.16-{campaign}", "quoted", r"\.cfg$")
-        for campaign in "data did dm dw ei httt l low nr sof sota sotbe thot trow tsg ttb utbs".split()
+        Package(f"wesnoth-1.16-{campaign}", "quoted", r"\.cfg$", licence="GPL-2+")
+        for campaign in (
+            "data",
+            "did",
+            "dm",
+            "dw",
+            "ei",
+            "httt",
+            "l",
+            "low",
+            "nr",
+            "sof",
+            "sota",
+            "sotbe",
+            "thot",
+            "trow",
+        )
+        + ("tsg", "ttb", "utbs")
     ),
     Package("endless-sky-data", "quoted", r"/data/.*\.txt$", 6_000_000),
     Package("cataclysm-dda-data", "quoted", r"/cataclysm-dda/(json|core|mods)/.*\.json$", 6_000_000),
@@ -81,6 +100,7 @@ PACKAGES = [
     Package("lincity-ng-data", "markup", r"/help/en/.*\.xml$"),
     Package("stellarium-data", "markup", r"(description\.en\.utf8|/en/.*\.md|landscapes/.*en\.utf8|description\.md)$"),
     # Handbooks and manuals
+    Package("gimp-help-en", "markup", HTML, 1_500_000, licence="GFDL-NIV-1.2+"),
     *(
         Package(name, "markup", paths, 1_500_000)
         for name, paths in {
@@ -99,7 +119,6 @@ PACKAGES = [
             "freedombox-doc-en": HTML,
             "aptitude-doc-en": HTML,
             "gnucash-docs": r"/C/.*(html|xml|docbook)$",
-            "gimp-help-en": HTML,
             "gnome-user-docs": r"/C/.*\.page$",
             "evolution-common": r"/C/.*\.page$",
             "gnumeric-doc": r"/C/.*(xml|docbook|html)$",
@@ -161,7 +180,7 @@ PACKAGES = [
     Package("gtypist", "text", r"\.typ$"),
 ]
 
-# --- Extractors: bytes of a file in, raw paragraphs out -----------------------------------------------------------------
+# --- Extractors: bytes of a file in, raw paragraphs out --------------------------------------------------------------
 
 # Elements whose text is never prose, and those that end a paragraph; every other tag is removed and its text kept.
 NOT_PROSE = re.compile(
@@ -253,24 +272,36 @@ def read_rdb(files: dict[str, bytes]) -> Iterator[str]:
 READERS = {"markup": read_markup, "text": read_text, "pod": read_pod, "quoted": read_quoted}
 WHOLE_PACKAGE_READERS = {"sword": read_sword, "rdb": read_rdb}
 
-# --- What counts as prose -----------------------------------------------------------------------------------------------
+# --- What counts as prose --------------------------------------------------------------------------------------------
 
-COMMON_WORDS = frozenset(
-    "the of and to a in is that it for as with be on by this are not or from at an was you which have if can will has "
-    "but his he i they all we one there when so no were their what would her she my me him had your been its them do "
-    "then than into out up who more some any only other may must should could these those about where how our us".split()
+COMMON_WORDS = set(
+    """
+    the of and to a in is that it for as with be on by this are not or from at an was you which have if can will has
+    but his he i they all we one there when so no were their what would her she my me him had your been its them do
+    then than into out up who more some any only other may must should could these those about where how our us
+    """.split()  # noqa: SIM905 - a list of 100 quoted words does not read better
 )
 PUNCTUATION = str.maketrans(
-    {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": " - ", "\u2026": "...", "\u00a0": " "}
+    {
+        "\u2018": "'",
+        "\u2019": "'",
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u2013": "-",
+        "\u2014": " - ",
+        "\u2026": "...",
+        "\u00a0": " ",
+    }
 )
 NOISE = re.compile(r"https?:|www\.|[{}<>|\\=@^~$\[\]#*%/]|::|->|\(\)|\bCopyright\b|\w_\w|--\w|&\w")
-STAGE = re.compile(r"\s*\[[^\]]{2,40}\]|\[(?=\w\])|(?<=\[\w)\]|\s*\(\s*\)|_(?=\w)|(?<=[\w.,;!?])_")  # footnote marks, empty brackets, _emphasis_
+# Footnote marks, single letters that an editor put in brackets, empty brackets, _emphasis_
+APPARATUS = re.compile(r"\s*\[[^\]]{2,40}\]|\[(?=\w\])|(?<=\[\w)\]|\s*\(\s*\)|_(?=\w)|(?<=[\w.,;!?])_")
 
 
 def clean(raw: str) -> str:
     """One line of normalised text: plain quotes and dashes, single spaces."""
     text = unicodedata.normalize("NFKC", raw.translate(PUNCTUATION))
-    text = re.sub(r"(?<=\w)\s*--+\s*(?=\w)", " - ", STAGE.sub("", text)).replace("``", '"').replace("''", '"')
+    text = re.sub(r"(?<=\w)\s*--+\s*(?=\w)", " - ", APPARATUS.sub("", text)).replace("``", '"').replace("''", '"')
     text = re.sub(r"\s+", " ", text).strip()
     return re.sub(r"\s+([,.;:!?])(?=\s|$)", r"\1", text)
 
@@ -286,14 +317,16 @@ def is_prose(text: str, story: bool = False) -> bool:
     letters = sum(len(word) for word in words)
     if len(words) < fewest_words or letters < 0.76 * len(text) or not 3.2 <= letters / len(words) <= 6.2:
         return False
-    if sum(word.isupper() and len(word) > 1 for word in words) > len(words) / 12 or not text.isascii() and (
-        sum(not c.isascii() for c in text) > len(text) / 60
+    if (
+        sum(word.isupper() and len(word) > 1 for word in words) > len(words) / 12
+        or not text.isascii()
+        and (sum(not c.isascii() for c in text) > len(text) / 60)
     ):
         return False
     return sum(word.lower() in COMMON_WORDS for word in words) >= fewest_common * len(words)
 
 
-# --- Packages -----------------------------------------------------------------------------------------------------------
+# --- Packages --------------------------------------------------------------------------------------------------------
 
 
 def download(names: Iterable[str], folder: Path) -> None:
@@ -309,40 +342,44 @@ def read_package(archive: Path, wanted: str) -> tuple[dict[str, bytes], str]:
     """The files whose path matches, uncompressed and in order, and the text of the package's copyright file."""
     files, copyright_text = {}, ""
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE) as dpkg:
-        contents = tarfile.open(fileobj=dpkg.stdout, mode="r|")
-        for member in contents:
-            is_copyright = re.search(r"/usr/share/doc/[^/]+/copyright$", member.name)
-            if not member.isfile() or not (is_copyright or re.search(wanted, member.name)):
-                continue
-            body = contents.extractfile(member).read()
-            if body[:2] == b"\x1f\x8b":
-                body = gzip.decompress(body)
-            elif body[:3] == b"BZh":
-                body = bz2.decompress(body)
-            if is_copyright:
-                copyright_text = body.decode(errors="ignore")
-            else:
-                files[member.name] = body
+        with tarfile.open(fileobj=dpkg.stdout, mode="r|") as contents:
+            for member in contents:
+                is_copyright = re.search(r"/usr/share/doc/[^/]+/copyright$", member.name)
+                if not member.isfile() or not (is_copyright or re.search(wanted, member.name)):
+                    continue
+                body = contents.extractfile(member).read()
+                if body[:2] == b"\x1f\x8b":
+                    body = gzip.decompress(body)
+                elif body[:3] == b"BZh":
+                    body = bz2.decompress(body)
+                if is_copyright:
+                    copyright_text = body.decode(errors="ignore")
+                else:
+                    files[member.name] = body
         dpkg.stdout.read()  # the padding after the last member, without which dpkg-deb reports a broken pipe
     return dict(sorted(files.items())), copyright_text
 
 
 def licence_of(copyright_text: str) -> str:
     """The licence names of a package's copyright file, in short."""
-    names = dict.fromkeys(re.findall(r"^License:[ \t]*(\S[^\n]*)", copyright_text, re.M))
-    if not names:  # written before Debian's machine-readable form
+    names = re.findall(r"^License:[ \t]*(\S[^\n]{0,50})$", copyright_text, re.M)
+    if not names:  # not in Debian's machine-readable form, or with the text in place of a name
+        text = " ".join(copyright_text.split())
         known = {
             "public domain": "public-domain",
             "Free Documentation License": "GFDL",
-            "General Public License|GNU GPL|common-licenses/L?GPL": "GPL",
+            "Lesser General Public|Library General Public": "LGPL",
+            "GNU General Public|GNU GPL|common-licenses/GPL": "GPL",
             "Creative Commons": "Creative Commons",
             "Apache License": "Apache-2.0",
-            "BSD": "BSD",
-            "PostgreSQL": "PostgreSQL",
+            "Python Software Foundation License|PSF LICENSE": "PSF-2.0",
+            "ImageMagick": "ImageMagick",
+            "Redistribution and use in source": "BSD",
             "Permission is hereby granted": "MIT",
+            "make and distribute verbatim copies": "verbatim copies, and changed ones under the same terms",
         }
-        names = [name for pattern, name in known.items() if re.search(pattern, copyright_text, re.I)]
-    return ", ".join(list(names)[:4]) or "see the package's copyright file"
+        names = [name for pattern, name in known.items() if re.search(pattern, text, re.I)]
+    return ", ".join(list(dict.fromkeys(names))[:4]) or "see the package's copyright file"
 
 
 def extract(package: Package, folder: Path) -> tuple[list[list[str]], dict]:
@@ -359,7 +396,7 @@ def extract(package: Package, folder: Path) -> tuple[list[list[str]], dict]:
     about = {
         "package": package.name,
         "version": archive.name.split("_")[1].replace("%3a", ":"),
-        "licence": "public-domain" if package.public_domain else licence_of(copyright_text),
+        "licence": "public-domain" if package.public_domain else package.licence or licence_of(copyright_text),
     }
     return documents, about
 
@@ -385,7 +422,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(".data"), help="working directory (default: .data)")
     parser.add_argument("--only", nargs="*", help="packages to read, to look at them (default: all)")
-    parser.add_argument("--sample", type=int, default=0, help="print this many paragraphs of each package; write nothing")
+    parser.add_argument("--sample", type=int, default=0, help="print this many blocks of each package; write nothing")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
 
@@ -426,8 +463,10 @@ def main() -> None:
                 small_heldout += held
             about |= {"train_bytes": len("".join(kept).encode()), "heldout_bytes": len("".join(held).encode())}
             sources.append(about)
-            print(f"[{number}/{len(packages)}] {package.name}: {about['train_bytes'] / 1e6:.2f} MB ({about['licence']})", flush=True)
-    print(f"train {sum(map(len, train)) / 1e6:.1f} MB in {len(train)} blocks, held out {sum(map(len, heldout)) / 1e6:.2f} MB")
+            size = f"{about['train_bytes'] / 1e6:.2f} MB"
+            print(f"[{number}/{len(packages)}] {package.name}: {size} ({about['licence']})", flush=True)
+    size, held = sum(map(len, train)) / 1e6, sum(map(len, heldout)) / 1e6
+    print(f"train {size:.1f} MB in {len(train)} blocks, held out {held:.2f} MB")
     if args.sample:
         return
     random.Random(0).shuffle(train)  # so that a training window that spans two blocks sees unrelated sources

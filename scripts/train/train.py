@@ -5,8 +5,9 @@
     python scripts/train/train.py --data .data --out /tmp/try --device cpu --smoke          # a few steps of a toy model
 
 `--data` holds what `prepare_corpus.py` and `train_tokenizer.py` wrote: `train.bin`, `heldout.bin`, `tokenizer/`. With
-`--minutes` the learning rate follows the clock, so that the schedule ends when the budget does, whatever the speed of the
-machine; with `--steps` it follows the steps. A budget longer than one sitting is split with `--pause-after` and `--resume`.
+`--minutes` the learning rate follows the clock, so that the schedule ends when the budget does, whatever the speed of
+the machine; with `--steps` it follows the steps. A budget longer than one sitting is split with `--pause-after` and
+`--resume`.
 
 Weights are kept in fp32, the forward pass runs in bf16 where the GPU does. Matrices are trained with Muon (or AdamW),
 everything else with AdamW.
@@ -67,7 +68,7 @@ def tiny_config(tokenizer, smoke: bool = False) -> KDAConfig:
     )
 
 
-# --- Optimizers ---------------------------------------------------------------------------------------------------------
+# --- Optimizers ------------------------------------------------------------------------------------------------------
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -109,7 +110,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, name: str, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Weight decay on the matrices of the layers only: not on embeddings, norms, convolutions, `A_log` and `dt_bias`."""
+    """Weight decay on the layers' matrices only: not on embeddings, norms, convolutions, `A_log` and `dt_bias`."""
     matrices, others = [], []
     for key, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and "embed_tokens" not in key and "lm_head" not in key
@@ -130,7 +131,7 @@ def learning_rate_at(progress: float, warmup: float = 0.02, decay: float = 0.5) 
     return max(0.0, min(1.0, progress / warmup, (1 - progress) / decay))
 
 
-# --- Data and evaluation ------------------------------------------------------------------------------------------------
+# --- Data and evaluation ---------------------------------------------------------------------------------------------
 
 
 def load_tokens(path: Path, device: torch.device) -> torch.Tensor:
@@ -176,14 +177,14 @@ def write_samples(model, tokenizer, tokens: int = 120) -> list[dict[str, str]]:
     return samples
 
 
-# --- The run ------------------------------------------------------------------------------------------------------------
+# --- The run ---------------------------------------------------------------------------------------------------------
 
 
 class Clock:
     """How far the run is, by time or by steps. Time that an earlier sitting took counts; start-up time does not.
 
-    The first steps compile kernels, which says nothing about the pace: the clock runs from `start()` to the deadline that
-    was set when the script began, and `progress` spans what is left between them.
+    The first steps compile kernels, which says nothing about the pace: `progress` spans the time from `start()` to the
+    deadline, and the deadline counts from the start of the script.
     """
 
     def __init__(self, minutes: float | None, steps: int | None, spent: float = 0.0):
@@ -249,7 +250,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="a toy model and a few steps, to see that all parts work")
     args = parser.parse_args()
     if args.smoke:
-        args.steps, args.batch, args.length, args.log_every, args.evaluations = args.steps or 6, 2, 128, 1, 2
+        args.batch, args.length, args.log_every, args.evaluations = 2, 128, 1, 2
+        args.steps = args.steps or (None if args.minutes else 6)
     if (args.minutes is None) == (args.steps is None):
         parser.error("give either --minutes or --steps")
     args.lr = args.lr or {"muon": 4e-3, "adamw": 2e-3}[args.optimizer]
@@ -375,7 +377,7 @@ def train(args: argparse.Namespace) -> None:
         "weight_decay": args.weight_decay,
         "seed": args.seed,
         "data": counts,
-        # all sources with the trained weights and with the exported ones, and the exported ones on the heldout.txt beside them
+        # On all sources, as trained and as exported; and as exported on the heldout.txt that ships with the model
         "heldout_bits_per_byte": {"fp32": heldout_fp32, "bf16": heldout_bf16, "heldout.txt": heldout_small},
         "samples": [],
     }

@@ -3,9 +3,10 @@
 
     python scripts/train/train_tokenizer.py --data .data --out .data/tokenizer
 
-A byte-level BPE: every string round-trips exactly, whatever it contains. `<|endoftext|>` separates documents and is both the
-beginning and the end of a text; `<|pad|>` only pads. Next to the tokenizer, `--data` receives `train.bin`, `heldout.bin` and
-`heldout_small.bin` (uint16 ids, documents separated by `<|endoftext|>`) and `tokens.json` with the number of bytes that they stand for.
+A byte-level BPE: every string round-trips exactly, whatever it contains. `<|endoftext|>` separates documents and is
+both the beginning and the end of a text; `<|pad|>` only pads. Next to the tokenizer, `--data` receives `train.bin`,
+`heldout.bin` and `heldout_small.bin` (uint16 ids, each document followed by `<|endoftext|>`) and `tokens.json` with
+the number of bytes that they stand for.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 
-# The model is a base model: it continues text. The template only lets chat tools hand it a conversation as plain paragraphs.
+# The model is a base model: it continues text. The template only lets chat tools hand it a conversation, as paragraphs.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
-    "{% if not loop.last or add_generation_prompt and message['role'] != 'assistant' %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
+    "{% if not loop.last or add_generation_prompt and message['role'] != 'assistant' %}{{ '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
 )
 
 
@@ -57,7 +60,7 @@ def encode(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path(".data"), help="where prepare_corpus.py wrote (default: .data)")
+    parser.add_argument("--data", type=Path, default=Path(".data"), help="where prepare_corpus.py wrote")
     parser.add_argument("--out", type=Path, default=Path(".data/tokenizer"), help="where the tokenizer goes")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--max-length", type=int, default=8192, help="context length noted for users of the tokenizer")
