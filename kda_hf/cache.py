@@ -115,7 +115,7 @@ class _History:
         conv_inputs, g, beta: a first block, whose shapes `[B, T, ...]`, dtypes and device the buffers take over.
     """
 
-    # No `__dict__`: transformers' exporters take every tensor that they reach through `vars` for an output of the model.
+    # No `__dict__`: transformers' exporters take every tensor within reach of `vars` for an output of the model.
     __slots__ = (
         "capacity",
         "length",

@@ -28,8 +28,9 @@ class KDAConfig(PreTrainedConfig):
         linear_head_dim (`int`, defaults to 128): width K of a query or key head.
         linear_value_head_dim (`int`, *optional*): width V of a value head. Default: `linear_head_dim`.
         linear_conv_kernel_dim (`int`, defaults to 4): width of the causal depthwise convolution over q, k and v.
-        linear_lower_bound (`float`, *optional*, defaults to -5.0): lower bound of the log-decay per token (the safe gate
-            of Kimi K3 and GLM-5.3-Flash), in [-5, 0]. `None` selects the unbounded softplus gate of Kimi-Linear-48B.
+        linear_lower_bound (`float`, *optional*, defaults to -5.0): lower bound of the log-decay per token (the safe
+            gate of Kimi K3 and GLM-5.3-Flash), in [-5, 0]. `None` selects the unbounded softplus gate of
+            Kimi-Linear-48B.
         allow_neg_eigval (`bool`, defaults to `False`): doubles β, so that the state's transition may have negative
             eigenvalues.
         num_attention_heads (`int`, defaults to 16): query heads of an attention layer.
@@ -59,7 +60,7 @@ class KDAConfig(PreTrainedConfig):
     ```python
     >>> from kda_hf import KDAConfig, KDAForCausalLM
 
-    >>> config = KDAConfig(hidden_size=256, intermediate_size=640, num_hidden_layers=4, linear_num_heads=2, num_attention_heads=2)
+    >>> config = KDAConfig(hidden_size=256, num_hidden_layers=4, linear_num_heads=2, num_attention_heads=2)
     >>> config.layer_types
     ['linear_attention', 'linear_attention', 'linear_attention', 'full_attention']
     >>> model = KDAForCausalLM(config)

@@ -13,8 +13,8 @@ class KDAGenerationMixin:
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get("past_key_values")
         if given is None and isinstance(made, (DynamicCache, StaticCache)):
-            # Nothing rolls this cache back unless decoding is assisted, and that asks for it (`activate_past_recording`)
-            # A static cache of KDA layers alone knows no length
+            # Nothing rolls this cache back unless decoding is assisted, which calls `activate_past_recording`. A static
+            # cache of transformers that has KDA layers alone knows no length.
             is_static = isinstance(made, StaticCache)
             cache = (KDAStaticCache if is_static else KDADynamicCache)(
                 self.config,

@@ -1,4 +1,4 @@
-"""Generates text with a KDA model: `python scripts/generate.py --model PATH --prompt "..."`, as `kda-hf generate` does."""
+"""Generates text, as `kda-hf generate` does: `python scripts/generate.py --model PATH --prompt "..."`."""
 
 import sys
 

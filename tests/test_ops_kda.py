@@ -92,7 +92,7 @@ def test_shapes_and_dtypes(operator, shape, dtype, device):
     B, T, H, HV, K, V = shape
     kwargs = arguments(device, B, T, H, HV, K, V, dtype=dtype)
     o, state, _ = reference(kwargs)
-    actual = OPERATORS[operator](**cast(kwargs, dtype), output_final_state=True)
+    actual = OPERATORS[operator](**cast(kwargs, dtype), output_final_state=True, backend="torch")
     assert actual[0].dtype == dtype and actual[1].dtype == torch.float32
     assert_close(actual[0], o)
     assert_close(actual[1], state, torch.float32)

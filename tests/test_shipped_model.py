@@ -51,7 +51,7 @@ def test_tokenizer_is_lossless(tokenizer):
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
 
-@pytest.mark.parametrize("device_type, dtype, backend", usable_backends())
+@pytest.mark.parametrize("device_type, dtype, backend", list(usable_backends()))
 @torch.no_grad()
 def test_held_out_loss_is_that_of_the_card(tokenizer, device_type, dtype, backend, monkeypatch):
     """Bits per byte on the text that was kept out of training, within 1% of the card."""

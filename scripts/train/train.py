@@ -165,6 +165,15 @@ def bits_per_byte(model, tokens: torch.Tensor, sizes: torch.Tensor, length: int,
 
 
 @torch.no_grad()
+def heldout_file_record(model, tokenizer, text: str, window: int = 512, windows: int = 16) -> dict[str, float]:
+    """Loss on the first windows of the held-out file, one at a time: what the tests repeat on every backend."""
+    model.eval()
+    ids = torch.tensor(tokenizer(text)["input_ids"][: window * windows], device=model.device).view(windows, 1, window)
+    losses = [model(input_ids=rows, labels=rows, use_cache=False).loss for rows in ids]
+    return {"window": window, "windows": windows, "nats_per_token": round(float(torch.stack(losses).mean()), 4)}
+
+
+@torch.no_grad()
 def write_samples(model, tokenizer, tokens: int = 120) -> list[dict[str, str]]:
     model.eval()
     samples = []
@@ -379,6 +388,7 @@ def train(args: argparse.Namespace) -> None:
         "data": counts,
         # On all sources, as trained and as exported; and as exported on the heldout.txt that ships with the model
         "heldout_bits_per_byte": {"fp32": heldout_fp32, "bf16": heldout_bf16, "heldout.txt": heldout_small},
+        "heldout_file": heldout_file_record(model, tokenizer, (args.out / "heldout.txt").read_text()),
         "samples": [],
     }
     training_json = args.out / "training.json"
