@@ -390,8 +390,9 @@ class KDAPreTrainedModel(PreTrainedModel):
         random ones in their place the model would run, and be wrong.
 
         Raises:
-            RuntimeError: weights of a KDA layer are missing, unless a `state_dict` is given; or any weight has another
-                shape than the model's, unless `ignore_mismatched_sizes=True`.
+            RuntimeError: weights of a KDA layer are missing, unless the caller gives a `state_dict` or asks for the
+                list (`output_loading_info=True`); or any weight has another shape than the model's, unless
+                `ignore_mismatched_sizes=True`.
         """
         with_info = kwargs.pop("output_loading_info", False)
         lenient = kwargs.pop("ignore_mismatched_sizes", False)

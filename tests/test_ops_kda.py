@@ -343,7 +343,7 @@ def raw_arguments(kwargs, state_v_first=False, cu_seqlens=None):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("T", [0, 70])
+@pytest.mark.parametrize("T", [0, 1, 70])
 def test_opcheck(packed, T, device):
     kwargs = cast(arguments(device, B=1 if packed else 2, T=T, states=3 if packed else 2), torch.float32)
     bounds = torch.tensor([0, 0, T, T], device=device) if packed else None
