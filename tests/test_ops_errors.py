@@ -53,6 +53,7 @@ BAD_CALLS = [
     (ValueError, {"lower_bound": math.nan}, "lower_bound", "got nan"),
     (TypeError, {"lower_bound": "-5"}, "lower_bound", "got str"),
     (TypeError, {"scale": "1"}, "scale", "got str"),
+    (ValueError, {"q": torch.zeros(B, T, H, 0)}, "q", "K ≥ 1"),
     (ValueError, {"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens", "B = 2"),
     (ValueError, {"cu_seqlens": torch.tensor([[0, 5]])}, "cu_seqlens", "[N + 1]"),
     (ValueError, {"cu_seqlens": torch.tensor([0])}, "cu_seqlens", "[N + 1]"),

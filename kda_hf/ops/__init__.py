@@ -5,6 +5,7 @@ import torch
 from . import backends, checks, chunked, fla
 from . import library as library  # registers the operators
 from .backends import backend_report
+from .inputs import KDAInputs, fwd_inputs
 
 
 __all__ = [
@@ -55,8 +56,7 @@ def fwd(
 
     Source: arXiv 2510.26692; FlashKDA's `fwd`.
     """
-    checks.kda(q, k, v, g, beta, A_log, dt_bias, lower_bound, initial_state, None, True, cu_seqlens, None)
-    checks.number("scale", scale)
+    checks.kda(fwd_inputs(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens))
     checks.tensor("out", out, "[B, T, HV, V]", v.shape, q.device, (v.dtype,))
     if final_state is not None:
         rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -133,30 +133,32 @@ def chunk_kda(
 
     Source: arXiv 2510.26692, sections 2 and 3.
     """
-    o, final_state, states = _kda(
-        "chunk_kda",
+    inputs = KDAInputs(
         q,
         k,
         v,
         g,
         beta,
-        scale,
         initial_state,
-        None,
-        output_final_state,
         A_log,
         dt_bias,
-        lower_bound,
-        safe_gate,
-        use_gate_in_kernel,
-        use_qk_l2norm_in_kernel,
-        use_beta_sigmoid_in_kernel,
-        allow_neg_eigval,
-        state_v_first if transpose_state_layout is None else transpose_state_layout,
-        return_intermediate_states,
         cu_seqlens,
-        cu_seqlens_cpu,
-        backend,
+        state_v_first=state_v_first if transpose_state_layout is None else transpose_state_layout,
+        scale=checks.default_scale(q) if scale is None else scale,
+        lower_bound=lower_bound,
+        use_gate=use_gate_in_kernel,
+        use_qk_norm=use_qk_l2norm_in_kernel,
+        use_beta_sigmoid=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+    )
+    o, final_state, states = _kda(
+        "chunk_kda",
+        inputs,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        safe_gate=safe_gate,
+        output_final_state=output_final_state,
+        intermediate_states=return_intermediate_states,
+        backend=backend,
     )
     return (o, final_state, states) if return_intermediate_states else (o, final_state)
 
@@ -199,30 +201,33 @@ def recurrent_kda(
     Returns:
         as :func:`chunk_kda`; with `state_indices` the final state is the pool.
     """
-    o, final_state, states = _kda(
-        "recurrent_kda",
+    inputs = KDAInputs(
         q,
         k,
         v,
         g,
         beta,
-        scale,
         initial_state,
-        state_indices,
-        output_final_state,
         A_log,
         dt_bias,
-        lower_bound,
-        safe_gate,
-        use_gate_in_kernel,
-        use_qk_l2norm_in_kernel,
-        use_beta_sigmoid_in_kernel,
-        allow_neg_eigval,
-        state_v_first if transpose_state_layout is None else transpose_state_layout,
-        return_intermediate_states,
         cu_seqlens,
-        cu_seqlens_cpu,
-        backend,
+        state_v_first=state_v_first if transpose_state_layout is None else transpose_state_layout,
+        scale=checks.default_scale(q) if scale is None else scale,
+        lower_bound=lower_bound,
+        use_gate=use_gate_in_kernel,
+        use_qk_norm=use_qk_l2norm_in_kernel,
+        use_beta_sigmoid=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+    )
+    o, final_state, states = _kda(
+        "recurrent_kda",
+        inputs,
+        state_indices=state_indices,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        safe_gate=safe_gate,
+        output_final_state=output_final_state,
+        intermediate_states=return_intermediate_states,
+        backend=backend,
     )
     return (o, final_state, states) if return_intermediate_states else (o, final_state)
 
@@ -232,55 +237,23 @@ fused_recurrent_kda = recurrent_kda
 
 def _kda(
     op: str,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    scale: float | None,
-    initial_state: torch.Tensor | None,
-    state_indices: torch.Tensor | None,
-    output_final_state: bool,
-    A_log: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    lower_bound: float | None,
-    safe_gate: bool,
-    use_gate: bool,
-    use_qk_norm: bool,
-    use_beta_sigmoid: bool,
-    allow_neg_eigval: bool,
-    state_v_first: bool,
-    intermediate_states: bool,
-    cu_seqlens: torch.Tensor | None,
+    inputs: KDAInputs,
+    *,
+    state_indices: torch.Tensor | None = None,
     cu_seqlens_cpu: torch.Tensor | None,
+    safe_gate: bool,
+    output_final_state: bool,
+    intermediate_states: bool,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    checks.kda(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        A_log,
-        dt_bias,
-        lower_bound,
-        initial_state,
-        state_indices,
-        state_v_first,
-        cu_seqlens,
-        cu_seqlens_cpu,
-    )
-    checks.flags(safe_gate, use_gate, lower_bound, use_beta_sigmoid, allow_neg_eigval)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    checks.number("scale", scale)
-    tensors = (q, k, v, g, beta, initial_state, A_log, dt_bias)
-    requires_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    checks.kda(inputs, state_indices, cu_seqlens_cpu, safe_gate)
+    requires_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.tensors)
     if state_indices is not None and (requires_grad or intermediate_states):
         lacking = "gradients" if requires_grad else "intermediate states"
         raise ValueError(
             f"`state_indices` updates the states in place, which has no {lacking}; got a call that wants them"
         )
+    q, v, initial_state, cu_seqlens = inputs.q, inputs.v, inputs.initial_state, inputs.cu_seqlens
     call = backends.Call(
         op,
         q.device,
@@ -294,10 +267,8 @@ def _kda(
         intermediate_states=intermediate_states,
         state_pool=state_indices is not None,
     )
-    activations = (scale, lower_bound, use_gate, use_qk_norm, use_beta_sigmoid, allow_neg_eigval)
-    inputs = (*tensors, cu_seqlens, state_v_first, *activations)
     if backends.select(call, backend) == "fla":
-        o, final_state = fla.kda(op, *inputs, cu_seqlens_cpu, safe_gate, output_final_state, requires_grad)
+        o, final_state = fla.kda(op, inputs, cu_seqlens_cpu, safe_gate, output_final_state, requires_grad)
         return o, final_state, None
     if state_indices is not None:
         o = torch.ops.kda_hf.recurrent_kda_pool(*inputs, state_indices)

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .inputs import KDAInputs
+
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -92,57 +94,48 @@ def _cu_seqlens_values(name: str, value: torch.Tensor, tokens: int) -> None:
         raise ValueError(f"`{name}` must not exceed T = {tokens}, got {bounds[-1]}")
 
 
-def flags(safe_gate: bool, use_gate: bool, bound: float | None, use_beta_sigmoid: bool, allow_neg_eigval: bool) -> None:
-    if safe_gate and use_gate and bound is None:
-        raise ValueError("`lower_bound` must be in [-5, 0] with safe_gate=True and use_gate_in_kernel=True, got None")
-    if allow_neg_eigval and not use_beta_sigmoid:
-        raise ValueError("`allow_neg_eigval` needs use_beta_sigmoid_in_kernel=True, got False")
-
-
-def kda(
-    q: Any,
-    k: Any,
-    v: Any,
-    g: Any,
-    beta: Any,
-    A_log: Any,
-    dt_bias: Any,
-    bound: Any,
-    initial_state: Any,
-    state_indices: Any,
-    state_v_first: bool,
-    packed: Any,
-    packed_cpu: Any,
-) -> None:
-    """The arguments that all KDA operators share; with `state_indices`, `initial_state` is a pool."""
+def default_scale(q: Any) -> float:
+    """K ** -0.5"""
     rank("q", q, "[B, T, H, K]")
-    rank("v", v, "[B, T, HV, V]")
-    batch, tokens, heads, K = q.shape
-    value_heads, V = v.shape[2:]
-    device = q.device
-    tensor("q", q, "[B, T, H, K]", q.shape, device)
-    tensor("k", k, "[B, T, H, K]", q.shape, device)
-    tensor("v", v, "[B, T, HV, V]", (batch, tokens, value_heads, V), device)
+    if q.shape[-1] == 0:
+        raise ValueError(f"`q` must have K ≥ 1, got {list(q.shape)}")
+    return q.shape[-1] ** -0.5
+
+
+def kda(x: KDAInputs, state_indices: Any = None, cu_seqlens_cpu: Any = None, safe_gate: bool = False) -> None:
+    """The arguments that all KDA operators share; with `state_indices`, `initial_state` is a pool."""
+    rank("q", x.q, "[B, T, H, K]")
+    rank("v", x.v, "[B, T, HV, V]")
+    batch, tokens, heads, K = x.q.shape
+    value_heads, V = x.v.shape[2:]
+    device = x.q.device
+    tensor("q", x.q, "[B, T, H, K]", x.q.shape, device)
+    tensor("k", x.k, "[B, T, H, K]", x.q.shape, device)
+    tensor("v", x.v, "[B, T, HV, V]", (batch, tokens, value_heads, V), device)
     if heads == 0 or value_heads % heads:
         raise ValueError(f"`v` must have a multiple of the {heads} heads of `q`, got {value_heads} heads")
-    tensor("g", g, "[B, T, HV, K]", (batch, tokens, value_heads, K), device)
-    tensor("beta", beta, "[B, T, HV]", (batch, tokens, value_heads), device)
-    if A_log is not None:
-        is_tensor("A_log", A_log)
-        tensor("A_log", A_log, "[HV]", (value_heads,), device)
-    if dt_bias is not None:
-        is_tensor("dt_bias", dt_bias)
-        layout, shape = ("[HV * K]", (value_heads * K,)) if dt_bias.ndim == 1 else ("[HV, K]", (value_heads, K))
-        tensor("dt_bias", dt_bias, layout, shape, device)
-    lower_bound(bound)
-    cu_seqlens(packed, packed_cpu, batch, tokens, device)
-    rows = batch if packed is None else packed.shape[0] - 1
+    tensor("g", x.g, "[B, T, HV, K]", (batch, tokens, value_heads, K), device)
+    tensor("beta", x.beta, "[B, T, HV]", (batch, tokens, value_heads), device)
+    if x.A_log is not None:
+        tensor("A_log", x.A_log, "[HV]", (value_heads,), device)
+    if x.dt_bias is not None:
+        is_tensor("dt_bias", x.dt_bias)
+        layout, shape = ("[HV * K]", (value_heads * K,)) if x.dt_bias.ndim == 1 else ("[HV, K]", (value_heads, K))
+        tensor("dt_bias", x.dt_bias, layout, shape, device)
+    number("scale", x.scale)
+    lower_bound(x.lower_bound)
+    if safe_gate and x.use_gate and x.lower_bound is None:
+        raise ValueError("`lower_bound` must be in [-5, 0] with safe_gate=True and use_gate_in_kernel=True, got None")
+    if x.allow_neg_eigval and not x.use_beta_sigmoid:
+        raise ValueError("`allow_neg_eigval` needs use_beta_sigmoid_in_kernel=True, got False")
+    cu_seqlens(x.cu_seqlens, cu_seqlens_cpu, batch, tokens, device)
+    rows = x.sequences
     if state_indices is not None:
         tensor("state_indices", state_indices, "[N]", (rows,), device, INTEGERS)
-        rank("initial_state", initial_state, "[P, HV, V, K]" if state_v_first else "[P, HV, K, V]")
-        rows = initial_state.shape[0]
-    if initial_state is not None:
-        state("initial_state", initial_state, rows, q, v, state_v_first)
+        rank("initial_state", x.initial_state, "[P, HV, V, K]" if x.state_v_first else "[P, HV, K, V]")
+        rows = x.initial_state.shape[0]  # type: ignore[union-attr] # rank() has refused None
+    if x.initial_state is not None:
+        state("initial_state", x.initial_state, rows, x.q, x.v, x.state_v_first)
 
 
 def state(name: str, x: Any, rows: int, q: torch.Tensor, v: torch.Tensor, state_v_first: bool) -> None:

@@ -9,22 +9,14 @@ from typing import Any
 
 import torch
 
-from . import chunked, conv, recurrent, reference
+from . import chunked, conv, recurrent
+from .inputs import NUM_INPUTS, SCHEMA, KDAInputs, fwd_inputs
 
 
 Tensors = tuple[torch.Tensor, ...]
 Kernel = Callable[..., Any]
 
 library = torch.library.Library("kda_hf", "DEF")
-
-# Every operator on [B,T,H,D] tensors takes these, in this order; `ACTIVATIONS` is what `reference.activate` takes.
-INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, {state}, Tensor? A_log, Tensor? dt_bias, Tensor? cu_seqlens, "
-    "bool state_v_first"
-)
-ACTIVATIONS = (
-    "float scale, float? lower_bound, bool use_gate, bool use_qk_norm, bool use_beta_sigmoid, bool allow_neg_eigval"
-)
 
 
 def define(schema: str) -> Callable[[Kernel], Kernel]:
@@ -98,86 +90,42 @@ def wanted_gradients(gradients: Sequence[torch.Tensor], needs_grad: Sequence[boo
 # ------------------------------------------------------------------------------------------------ Kimi Delta Attention
 
 
-def _key_first(state: torch.Tensor | None, state_v_first: bool, dtype: torch.dtype) -> torch.Tensor | None:
-    if state is None:
-        return None
-    return (state.mT if state_v_first else state).to(dtype)
+def _stored(state: torch.Tensor, x: KDAInputs) -> torch.Tensor:
+    return (state.mT if x.state_v_first else state).to(x.state_dtype).contiguous()
 
 
-def _stored(state: torch.Tensor, state_v_first: bool, dtype: torch.dtype) -> torch.Tensor:
-    return (state.mT if state_v_first else state).to(dtype).contiguous()
-
-
-def _state_dtype(q: torch.Tensor, initial_state: torch.Tensor | None) -> torch.dtype:
-    return reference.compute_dtype(q) if initial_state is None else initial_state.dtype
-
-
-def _chunk_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    A_log: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    state_v_first: bool,
-    *activations: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _chunk_forward(x: KDAInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The chunked form with its activations, differentiable: o, final state, states at the chunks' starts."""
-    activated = reference.activate(q, k, v, g, beta, A_log, dt_bias, *activations)
-    state = _key_first(initial_state, state_v_first, activated[0].dtype)
-    o, final_state, states = chunked.chunked_kda(*activated, state, cu_seqlens)
-    dtype = _state_dtype(q, initial_state)
-    return o.to(v.dtype), _stored(final_state, state_v_first, dtype), _stored(states, state_v_first, dtype)
+    activated = x.activated()
+    o, final_state, states = chunked.chunked_kda(*activated, x.key_first_state(activated[0].dtype), x.cu_seqlens)
+    return o.to(x.v.dtype), _stored(final_state, x), _stored(states, x)
 
 
-def _recurrent_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    A_log: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    state_v_first: bool,
-    *activations: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if cu_seqlens is not None or q.shape[1] == 0:
+def _recurrent_forward(x: KDAInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    if x.cu_seqlens is not None or x.q.shape[1] == 0:
         # Without reading `cu_seqlens` there is no telling how long a sequence is; the chunk map needs not know.
-        args = (q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, state_v_first, *activations)
-        return _chunk_forward(*args)[:2]
-    activated = reference.activate(q, k, v, g, beta, A_log, dt_bias, *activations)
-    dtype = activated[0].dtype
-    state = _key_first(initial_state, state_v_first, dtype)
+        return _chunk_forward(x)[:2]
+    activated = x.activated()
+    state = x.key_first_state(activated[0].dtype)
     if state is None:
-        state = activated[1].new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+        state = activated[1].new_zeros(x.v.shape[0], x.v.shape[2], x.k.shape[3], x.v.shape[3])
     o, final_state = recurrent.recurrent_kda(*activated, state)
-    return o.to(v.dtype), _stored(final_state, state_v_first, _state_dtype(q, initial_state))
+    return o.to(x.v.dtype), _stored(final_state, x)
 
 
-def _fake_state(
-    q: torch.Tensor, v: torch.Tensor, initial_state: torch.Tensor | None, state_v_first: bool, *leading: int
-) -> torch.Tensor:
-    K, V = q.shape[-1], v.shape[-1]
-    matrix = (V, K) if state_v_first else (K, V)
-    return v.new_empty(*leading, v.shape[2], *matrix, dtype=_state_dtype(q, initial_state))
-
-
-def _sequences(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
-    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def _fake_state(x: KDAInputs, *leading: int) -> torch.Tensor:
+    K, V = x.q.shape[-1], x.v.shape[-1]
+    matrix = (V, K) if x.state_v_first else (K, V)
+    return x.v.new_empty(*leading, x.v.shape[2], *matrix, dtype=x.state_dtype)
 
 
 @define(
-    f"chunk_kda({INPUTS.format(state='Tensor? initial_state')}, {ACTIVATIONS}, bool output_final_state, "
-    "bool output_states) -> (Tensor o, Tensor final_state, Tensor states)"
+    f"chunk_kda({SCHEMA.format(state='Tensor? initial_state')}, bool output_final_state, bool output_states) "
+    "-> (Tensor o, Tensor final_state, Tensor states)"
 )
-def chunk_kda(q: torch.Tensor, *args: Any) -> Tensors:
+def chunk_kda(*args: Any) -> Tensors:
     *inputs, output_final_state, output_states = args
-    o, final_state, states = _chunk_forward(q, *inputs)
+    o, final_state, states = _chunk_forward(KDAInputs(*inputs))
     return (
         o.contiguous(),
         final_state if output_final_state else final_state.new_empty(0),
@@ -186,60 +134,43 @@ def chunk_kda(q: torch.Tensor, *args: Any) -> Tensors:
 
 
 @register_fake("chunk_kda")
-def _(q: torch.Tensor, *args: Any) -> Tensors:
-    _, v, _, _, initial_state, _, _, cu_seqlens, state_v_first = args[:9]
-    output_final_state, output_states = args[-2:]
-    nothing = v.new_empty(0, dtype=_state_dtype(q, initial_state))
-    sequences = _sequences(q, cu_seqlens)
-    chunks = chunked.max_chunks(q.shape[1], 1 if cu_seqlens is None else sequences)
-    state = (q, v, initial_state, state_v_first)
+def _(*args: Any) -> Tensors:
+    *inputs, output_final_state, output_states = args
+    x = KDAInputs(*inputs)
+    nothing = x.v.new_empty(0, dtype=x.state_dtype)
+    chunks = chunked.max_chunks(x.q.shape[1], 1 if x.cu_seqlens is None else x.sequences)
     return (
-        v.new_empty(v.shape),
-        _fake_state(*state, sequences) if output_final_state else nothing,
-        _fake_state(*state, q.shape[0], chunks) if output_states else nothing,
+        x.v.new_empty(x.v.shape),
+        _fake_state(x, x.sequences) if output_final_state else nothing,
+        _fake_state(x, x.q.shape[0], chunks) if output_states else nothing,
     )
 
 
 @define(
-    f"recurrent_kda({INPUTS.format(state='Tensor? initial_state')}, {ACTIVATIONS}, bool output_final_state) "
+    f"recurrent_kda({SCHEMA.format(state='Tensor? initial_state')}, bool output_final_state) "
     "-> (Tensor o, Tensor final_state)"
 )
-def recurrent_kda(q: torch.Tensor, *args: Any) -> Tensors:
+def recurrent_kda(*args: Any) -> Tensors:
     *inputs, output_final_state = args
-    o, final_state = _recurrent_forward(q, *inputs)
+    o, final_state = _recurrent_forward(KDAInputs(*inputs))
     return o.contiguous(), final_state if output_final_state else final_state.new_empty(0)
 
 
 @register_fake("recurrent_kda")
-def _(q: torch.Tensor, *args: Any) -> Tensors:
-    _, v, _, _, initial_state, _, _, cu_seqlens, state_v_first = args[:9]
-    if args[-1]:
-        final_state = _fake_state(q, v, initial_state, state_v_first, _sequences(q, cu_seqlens))
-    else:
-        final_state = v.new_empty(0, dtype=_state_dtype(q, initial_state))
-    return v.new_empty(v.shape), final_state
+def _(*args: Any) -> Tensors:
+    *inputs, output_final_state = args
+    x = KDAInputs(*inputs)
+    final_state = _fake_state(x, x.sequences) if output_final_state else x.v.new_empty(0, dtype=x.state_dtype)
+    return x.v.new_empty(x.v.shape), final_state
 
 
-@define(
-    f"recurrent_kda_pool({INPUTS.format(state='Tensor(a!) state_pool')}, {ACTIVATIONS}, Tensor state_indices) "
-    "-> Tensor o"
-)
-def recurrent_kda_pool(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    state_pool: torch.Tensor,
-    A_log: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    state_v_first: bool,
-    *args: Any,
-) -> torch.Tensor:
-    *activations, state_indices = args
-    if len(state_indices) == 0 or len(state_pool) == 0:
-        return torch.zeros_like(v, memory_format=torch.contiguous_format)
+@define(f"recurrent_kda_pool({SCHEMA.format(state='Tensor(a!) state_pool')}, Tensor state_indices) -> Tensor o")
+def recurrent_kda_pool(*args: Any) -> torch.Tensor:
+    *inputs, state_indices = args
+    x = KDAInputs(*inputs)
+    state_pool = x.initial_state
+    if state_pool is None or len(state_indices) == 0 or len(state_pool) == 0:
+        return torch.zeros_like(x.v, memory_format=torch.contiguous_format)
     indices = state_indices.long()
     used = (indices >= 0) & (indices < len(state_pool))
     # A skipped row stands for the first used one: both write the same state to the same place, and nothing is read on
@@ -248,13 +179,13 @@ def recurrent_kda_pool(
     row = torch.where(used, row, used.byte().argmax())
     indices = indices[row].clamp(0, len(state_pool) - 1)
     before = state_pool.index_select(0, indices)
-    o, after = _recurrent_forward(q, k, v, g, beta, before, A_log, dt_bias, cu_seqlens, state_v_first, *activations)
+    o, after = _recurrent_forward(x._replace(initial_state=before))
     state_pool.index_copy_(0, indices, torch.where(used[row, None, None, None], after[row], before))
-    if cu_seqlens is None:
+    if x.cu_seqlens is None:
         is_used = used[:, None]
     else:
-        token = torch.arange(q.shape[1], device=q.device)
-        sequence = torch.searchsorted(cu_seqlens[1:].to(token.dtype), token, right=True)
+        token = torch.arange(x.q.shape[1], device=x.q.device)
+        sequence = torch.searchsorted(x.cu_seqlens[1:].to(token.dtype), token, right=True)
         is_used = used[sequence.clamp(max=len(used) - 1)][None]
     return o.masked_fill(~is_used[..., None, None], 0).contiguous()
 
@@ -283,9 +214,8 @@ def fwd(
     final_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> None:
-    activations = (scale, lower_bound, True, True, True, False)
-    inputs = (q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens)
-    o, state, _ = _chunk_forward(*inputs, True, *activations)
+    inputs = fwd_inputs(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
+    o, state, _ = _chunk_forward(inputs)
     out.copy_(o)
     if final_state is not None:
         final_state.copy_(state)
@@ -297,18 +227,18 @@ def _(*args: Any) -> None:
 
 
 @define(
-    f"kda_backward({INPUTS.format(state='Tensor? initial_state')}, {ACTIVATIONS}, Tensor grad_o, "
-    "Tensor grad_final_state, Tensor grad_states, bool[] needs_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, "
-    "Tensor dbeta, Tensor dinitial_state, Tensor dA_log, Tensor ddt_bias)"
+    f"kda_backward({SCHEMA.format(state='Tensor? initial_state')}, Tensor grad_o, Tensor grad_final_state, "
+    "Tensor grad_states, bool[] needs_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, "
+    "Tensor dinitial_state, Tensor dA_log, Tensor ddt_bias)"
 )
 def kda_backward(*args: Any) -> Tensors:
-    *tensors, cu_seqlens, state_v_first = args[:10]
-    *activations, grad_o, grad_final_state, grad_states, needs_grad = args[10:]
+    *inputs, grad_o, grad_final_state, grad_states, needs_grad = args
+    x = KDAInputs(*inputs)
 
-    def forward(*leaves: torch.Tensor | None) -> Tensors:
-        return _chunk_forward(*leaves, cu_seqlens, state_v_first, *activations)  # type: ignore[arg-type]
+    def forward(*leaves: Any) -> Tensors:
+        return _chunk_forward(KDAInputs._make((*leaves, *x[8:])))
 
-    return differentiate(forward, tensors, (grad_o, grad_final_state, grad_states), needs_grad)
+    return differentiate(forward, x.tensors, (grad_o, grad_final_state, grad_states), needs_grad)
 
 
 @register_fake("kda_backward")
@@ -318,7 +248,7 @@ def _(*args: Any) -> Tensors:
 
 def _save_kda(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:9])
-    ctx.options = inputs[9:16]
+    ctx.options = inputs[9:NUM_INPUTS]
     ctx.unused = len(inputs) - 8
 
 
@@ -370,7 +300,8 @@ def _(
     cu_seqlens: torch.Tensor | None,
     output_final_state: bool,
 ) -> Tensors:
-    shape = (_sequences(x, cu_seqlens), *weight.shape) if output_final_state else (0,)
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (sequences, *weight.shape) if output_final_state else (0,)
     dtype = x.dtype if initial_state is None else initial_state.dtype
     return x.new_empty(x.shape), x.new_empty(shape, dtype=dtype)
 
