@@ -29,8 +29,16 @@ if [ -n "${KDA_HF_TRANSFORMERS:-}" ]; then
     "${pip[@]}" install --quiet "transformers==$KDA_HF_TRANSFORMERS"
 fi
 # The build runs in this environment: an isolated one would fetch its own setuptools, which needs a network.
-if ! python -c "import setuptools, sys; sys.exit(int(setuptools.__version__.split('.')[0]) < 64)" 2>/dev/null; then
-    "${pip[@]}" install --quiet "setuptools>=64"
+if ! python -c "import setuptools, sys; sys.exit(int(setuptools.__version__.split('.')[0]) < 77)" 2>/dev/null; then
+    "${pip[@]}" install --quiet "setuptools>=77"
+fi
+if [ -z "$(python "$repository/third_party/resolve.py" nvcc)" ]; then
+    echo "No nvcc here: kda_hf is installed without building its CUDA kernels"
+else
+    echo "Installing what the CUDA kernels are built with"
+    command -v ninja >/dev/null || "${pip[@]}" install --quiet ninja
+    python "$repository/third_party/resolve.py" cutlass >/dev/null 2>&1 ||
+        "${pip[@]}" install --quiet --no-deps -r "$repository/third_party/requirements.txt"
 fi
 echo "Installing kda_hf"
 "${pip[@]}" install --quiet --no-build-isolation "$repository[${KDA_HF_EXTRAS:-test}]"

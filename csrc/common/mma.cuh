@@ -1,0 +1,105 @@
+// Tensor-core products on registers and shared memory: thin wrappers of CuTe's atoms that take register arrays.
+#pragma once
+
+#include <cute/arch/mma_sm80.hpp>
+#include <cute/arch/mma_sm90_desc.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cutlass/bfloat16.h>
+#include <cutlass/half.h>
+
+#include "math.cuh"
+
+namespace kda {
+
+using Major = cute::SM90::GMMA::Major;
+using ScaleIn = cute::SM90::GMMA::ScaleIn;
+using ScaleOut = cute::SM90::GMMA::ScaleOut;
+
+// ---------------------------------------------------------------------------------------- one warp: m16n8k16, m16n8k8
+
+// Fragments, with g = lane / 4 and t = lane % 4: accumulators c[0..3] are (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
+__device__ __forceinline__ void mma_fp16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  cute::SM80_16x8x16_F32F16F16F32_TN::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2],
+                                          c[3]);
+}
+
+__device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  cute::SM80_16x8x16_F32BF16BF16F32_TN::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2],
+                                            c[3]);
+}
+
+__device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  cute::SM80_16x8x8_F32TF32TF32F32_TN::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2],
+                                           c[3]);
+}
+
+// -------------------------------------------------------------------------------------------- one warpgroup: WGMMA
+
+// Shared-memory matrices are tiles of 64-element halves: rows of 128 bytes, 16-byte chunks swizzled by (row % 8).
+constexpr int kRowBytes = 128;
+constexpr int kHalfBytes = 64 * kRowBytes;  // 64 rows of one half
+
+// K-major operand: a row per M or N index. Add 32 bytes for the next 16 elements of K, kHalfBytes for the next 64.
+__device__ __forceinline__ uint64_t descriptor_k_major(uint32_t smem_address) {
+  cute::GmmaDescriptor d;
+  d.desc_ = 0;
+  d.bitfield.start_address_ = smem_address >> 4;
+  d.bitfield.leading_byte_offset_ = 1;
+  d.bitfield.stride_byte_offset_ = 8 * kRowBytes >> 4;
+  d.bitfield.layout_type_ = 1;  // 128-byte swizzle
+  return d;
+}
+
+// MN-major operand: a row per K index, 64 of M or N in a half. Add 16 * kRowBytes for the next 16 elements of K.
+__device__ __forceinline__ uint64_t descriptor_mn_major(uint32_t smem_address) {
+  cute::GmmaDescriptor d;
+  d.desc_ = 0;
+  d.bitfield.start_address_ = smem_address >> 4;
+  d.bitfield.leading_byte_offset_ = kHalfBytes >> 4;
+  d.bitfield.stride_byte_offset_ = 8 * kRowBytes >> 4;
+  d.bitfield.layout_type_ = 1;
+  return d;
+}
+
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+
+namespace detail {
+
+template <class Atom, size_t... I, size_t N, class... Operands>
+__device__ __forceinline__ void wgmma(std::index_sequence<I...>, float (&c)[N], ScaleOut scale,
+                                      const Operands&... operands) {
+  Atom::fma(operands..., c[I]..., scale);
+}
+
+}  // namespace detail
+
+// c (64 × N, fp32) = ±A B + (accumulate ? c : 0) for 16 elements of K; A in registers, B in shared memory.
+template <int N, Major kMajorB, ScaleIn kSign = ScaleIn::One>
+__device__ __forceinline__ void wgmma_rs(float (&c)[N / 2], const uint32_t* a, uint64_t b, bool accumulate = true) {
+  using namespace cute::SM90::GMMA;
+  using Atom = std::conditional_t<N == 64, MMA_64x64x16_F32F16F16_RS<Major::K, kMajorB, kSign, ScaleIn::One>,
+                                  MMA_64x128x16_F32F16F16_RS<Major::K, kMajorB, kSign, ScaleIn::One>>;
+  detail::wgmma<Atom>(std::make_index_sequence<N / 2>{}, c, accumulate ? ScaleOut::One : ScaleOut::Zero, a[0], a[1],
+                      a[2], a[3], b);
+}
+
+// The same with both operands in shared memory, of type Element (__half or __nv_bfloat16).
+template <class Element, int N, Major kMajorA, Major kMajorB>
+__device__ __forceinline__ void wgmma_ss(float (&c)[N / 2], uint64_t a, uint64_t b, bool accumulate = true) {
+  using namespace cute::SM90::GMMA;
+  constexpr bool kHalf = std::is_same_v<Element, __half>;
+  using Atom64 = std::conditional_t<kHalf, MMA_64x64x16_F32F16F16_SS<kMajorA, kMajorB>,
+                                    MMA_64x64x16_F32BF16BF16_SS<kMajorA, kMajorB>>;
+  using Atom128 = std::conditional_t<kHalf, MMA_64x128x16_F32F16F16_SS<kMajorA, kMajorB>,
+                                     MMA_64x128x16_F32BF16BF16_SS<kMajorA, kMajorB>>;
+  using Atom = std::conditional_t<N == 64, Atom64, Atom128>;
+  detail::wgmma<Atom>(std::make_index_sequence<N / 2>{}, c, accumulate ? ScaleOut::One : ScaleOut::Zero, a, b);
+}
+
+template <size_t N>
+__device__ __forceinline__ void fence_registers(float (&c)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) cute::warpgroup_fence_operand(c[i]);
+}
+
+}  // namespace kda

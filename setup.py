@@ -1,0 +1,114 @@
+"""Builds `kda_hf/_C.abi3.so` where nvcc is found; without it, kda_hf installs as pure Python.
+
+KDA_HF_CUDA_ARCHS   GPU architectures, separated by spaces (default: 90a)
+MAX_JOBS            files compiled at the same time (default: 2; the compiler takes gigabytes of memory for each)
+
+The extension needs no GPU to build. It uses torch's stable ABI and nothing of Python's, so that one file serves every
+Python from 3.10 and every torch from 2.11 on. Objects stay in build/csrc: only what changed is compiled again.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "third_party"))
+import resolve  # noqa: E402
+
+
+PREBUILT = ROOT / "kda_hf" / "_C.abi3.so"
+OBJECTS = ROOT / "build" / "csrc"
+OLDEST_TORCH = "0x020b000000000000"  # 2.11: newer functions of the stable ABI are hidden from the bindings
+
+
+def ninja_file() -> str:
+    nvcc, cutlass, torch = resolve.nvcc(), resolve.cutlass(), resolve.torch()
+    archs = os.environ.get("KDA_HF_CUDA_ARCHS", "90a").replace(";", " ").replace(",", " ").split()
+    gencode = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
+    host = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
+    sources = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/**/*.cu")])
+    lines = [
+        "ninja_required_version = 1.8",
+        f"nvcc = {shlex.quote(str(nvcc))}",
+        f"common = {host} -I{_quoted(ROOT / 'csrc')}",
+        "rule kernel",
+        f"  command = $nvcc $common {gencode} --expt-relaxed-constexpr -isystem {_quoted(cutlass)} "
+        "-MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = nvcc $in",
+        "rule bindings",
+        f"  command = $nvcc $common -DUSE_CUDA -DTORCH_TARGET_VERSION={OLDEST_TORCH} "
+        f"-isystem {_quoted(torch / 'include')} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = g++ $in",
+        "rule link",
+        # libtorch brings libtorch_cuda where there is one; nothing here refers to it, so that it must not be dropped
+        f"  command = $nvcc -shared -cudart static $in -o $out -L{_quoted(torch / 'lib')} "
+        "-Xlinker --no-as-needed,--exclude-libs,ALL -ltorch -ltorch_cpu -lc10",
+        "  description = link $out",
+    ]
+    objects = []
+    for source in sources:
+        name = source.relative_to(ROOT / "csrc").as_posix()
+        objects.append(name + ".o")
+        rule = "kernel" if source.suffix == ".cu" else "bindings"
+        lines.append(f"build {objects[-1]}: {rule} {_escaped(source)}")
+    lines.append(f"build {PREBUILT.name}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def _escaped(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+class BuildExtension(build_ext):
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split(".")) + ".abi3.so"
+
+    def build_extension(self, ext):
+        if resolve.nvcc() is None:
+            built = PREBUILT
+        else:
+            OBJECTS.mkdir(parents=True, exist_ok=True)
+            (OBJECTS / "build.ninja").write_text(ninja_file())
+            jobs = os.environ.get("MAX_JOBS", "2")
+            subprocess.run(["ninja", "-C", str(OBJECTS), "-j", jobs], check=True)
+            built = OBJECTS / PREBUILT.name
+        target = Path(self.get_ext_fullpath(ext.name))
+        if target.resolve() != built:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # A new file, not new bytes in the old one: a process may have that one mapped.
+            target.unlink(missing_ok=True)
+            shutil.copy2(built, target)
+
+
+def extensions() -> list[Extension]:
+    if resolve.nvcc() is None and not PREBUILT.exists():
+        print("kda_hf: nvcc was not found, the CUDA extension is NOT built: installing pure Python.", file=sys.stderr)
+        return []
+    if resolve.nvcc() is None:
+        print(f"kda_hf: nvcc was not found, {PREBUILT} is taken as it was built elsewhere.", file=sys.stderr)
+    return [Extension("kda_hf._C", sources=[], py_limited_api=True)]
+
+
+try:
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildExtension},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
+except resolve.NotFound as error:
+    sys.exit(f"kda_hf: {error}")

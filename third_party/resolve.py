@@ -1,0 +1,88 @@
+"""Where the build finds what this repository does not hold: nvcc, CUTLASS and torch's headers.
+
+`python third_party/resolve.py cutlass` prints one of them, for scripts. Nothing that is looked for is imported.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+
+
+HERE = Path(__file__).resolve().parent
+CHECKOUT = HERE / "cutlass"
+PIN = next(line for line in (HERE / "requirements.txt").read_text().splitlines() if not line.startswith("#"))
+CUTLASS_PACKAGE, CUTLASS_VERSION = PIN.split("==")
+TORCH = "torch>=2.11"
+
+
+class NotFound(Exception):
+    """Says what is missing and what to do about it."""
+
+
+def nvcc() -> Path | None:
+    """The CUDA compiler: `CUDACXX`, else that of `CUDA_HOME`, else the one on PATH or in the usual place."""
+    if os.environ.get("CUDACXX"):
+        return Path(os.environ["CUDACXX"])
+    if os.environ.get("CUDA_HOME"):
+        return Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc"
+    found = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]))
+    return Path(found) if found else None
+
+
+def cutlass() -> Path:
+    """CUTLASS's headers: a checkout in third_party/cutlass, which may be of any version, else the pinned package's."""
+    if CHECKOUT.is_dir():
+        include, origin = CHECKOUT / "include", str(CHECKOUT)
+    else:
+        try:
+            package = metadata.distribution(CUTLASS_PACKAGE)
+        except metadata.PackageNotFoundError:
+            raise NotFound(f"CUTLASS is not installed. {_advice()}") from None
+        if package.version != CUTLASS_VERSION:
+            raise NotFound(f"{CUTLASS_PACKAGE} is {package.version}, {CUTLASS_VERSION} is needed. {_advice()}")
+        include, origin = Path(str(package.locate_file("cutlass_library/source/include"))), CUTLASS_PACKAGE
+    if not (include / "cute" / "tensor.hpp").exists():
+        raise NotFound(f"{origin} has no headers: {include}/cute/tensor.hpp does not exist. {_advice()}")
+    return include
+
+
+def _advice() -> str:
+    return f"Run `pip install --no-deps {PIN}`, or put a checkout of CUTLASS into {CHECKOUT}."
+
+
+def torch() -> Path:
+    """The folder of torch, of which any version from 2.11 on has the headers of the stable ABI.
+
+    pip's isolated build environment hides the environment that it installs into, where torch usually is.
+    """
+    spec = importlib.util.find_spec("torch")
+    candidates = [Path(spec.origin).parent] if spec and spec.origin else []
+    candidates += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("purelib", "platlib")]
+    for folder in candidates:
+        if (folder / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
+            return folder
+    raise NotFound(f"torch's headers are not installed. Run `pip install '{TORCH}'`.")
+
+
+def missing() -> list[str]:
+    """Requirements that pip has to fetch before it can build the extension; none where there is no nvcc."""
+    if nvcc() is None:
+        return []
+    requirements = [] if shutil.which("ninja") else ["ninja"]
+    for find, requirement in ((cutlass, PIN), (torch, TORCH)):
+        try:
+            find()
+        except NotFound:
+            requirements.append(requirement)
+    return requirements
+
+
+if __name__ == "__main__":
+    try:
+        print({"nvcc": nvcc, "cutlass": cutlass, "torch": torch}[sys.argv[1]]() or "")
+    except NotFound as error:
+        sys.exit(str(error))
