@@ -79,36 +79,44 @@ class BuildExtension(build_ext):
         return os.path.join(*fullname.split(".")) + ".abi3.so"
 
     def build_extension(self, ext):
-        if resolve.nvcc() is None:
-            built = PREBUILT
+        if resolve.nvcc() and not (resolve.missing() and PREBUILT.exists()):
+            built = self.compile()
         else:
-            OBJECTS.mkdir(parents=True, exist_ok=True)
-            (OBJECTS / "build.ninja").write_text(ninja_file())
-            jobs = os.environ.get("MAX_JOBS", "2")
-            subprocess.run(["ninja", "-C", str(OBJECTS), "-j", jobs], check=True)
-            built = OBJECTS / PREBUILT.name
-        target = Path(self.get_ext_fullpath(ext.name))
-        if target.resolve() != built:
+            built = PREBUILT
+            _say(f"{', '.join(resolve.missing()) or 'nvcc'} not found: {PREBUILT} is taken as it is, built elsewhere.")
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        if target != built:
             target.parent.mkdir(parents=True, exist_ok=True)
             # A new file, not new bytes in the old one: a process may have that one mapped.
             target.unlink(missing_ok=True)
             shutil.copy2(built, target)
 
+    @staticmethod
+    def compile() -> Path:
+        OBJECTS.mkdir(parents=True, exist_ok=True)
+        try:
+            (OBJECTS / "build.ninja").write_text(ninja_file())
+        except resolve.NotFound as error:
+            sys.exit(f"kda_hf: {error}")
+        if shutil.which("ninja") is None:
+            sys.exit("kda_hf: ninja is not installed. Run `pip install ninja`.")
+        subprocess.run(["ninja", "-C", str(OBJECTS), "-j", os.environ.get("MAX_JOBS", "2")], check=True)
+        return OBJECTS / PREBUILT.name
+
+
+def _say(text: str) -> None:
+    print(f"kda_hf: {text}", file=sys.stderr)
+
 
 def extensions() -> list[Extension]:
-    if resolve.nvcc() is None and not PREBUILT.exists():
-        print("kda_hf: nvcc was not found, the CUDA extension is NOT built: installing pure Python.", file=sys.stderr)
-        return []
-    if resolve.nvcc() is None:
-        print(f"kda_hf: nvcc was not found, {PREBUILT} is taken as it was built elsewhere.", file=sys.stderr)
-    return [Extension("kda_hf._C", sources=[], py_limited_api=True)]
+    if resolve.nvcc() or PREBUILT.exists():
+        return [Extension("kda_hf._C", sources=[], py_limited_api=True)]
+    _say("nvcc not found: the CUDA extension is NOT built, kda_hf installs as pure Python.")
+    return []
 
 
-try:
-    setup(
-        ext_modules=extensions(),
-        cmdclass={"build_ext": BuildExtension},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    )
-except resolve.NotFound as error:
-    sys.exit(f"kda_hf: {error}")
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

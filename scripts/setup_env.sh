@@ -33,12 +33,11 @@ if ! python -c "import setuptools, sys; sys.exit(int(setuptools.__version__.spli
     "${pip[@]}" install --quiet "setuptools>=77"
 fi
 if [ -z "$(python "$repository/third_party/resolve.py" nvcc)" ]; then
-    echo "No nvcc here: kda_hf is installed without building its CUDA kernels"
+    echo "No nvcc here: the CUDA kernels are not built"
 else
-    echo "Installing what the CUDA kernels are built with"
-    command -v ninja >/dev/null || "${pip[@]}" install --quiet ninja
-    python "$repository/third_party/resolve.py" cutlass >/dev/null 2>&1 ||
-        "${pip[@]}" install --quiet --no-deps -r "$repository/third_party/requirements.txt"
+    # CUTLASS without what its Python package depends on: only its headers are used
+    missing=$(python "$repository/third_party/resolve.py" missing)
+    [ -z "$missing" ] || "${pip[@]}" install --quiet --no-deps $missing || [ -e "$repository/kda_hf/_C.abi3.so" ]
 fi
 echo "Installing kda_hf"
 "${pip[@]}" install --quiet --no-build-isolation "$repository[${KDA_HF_EXTRAS:-test}]"

@@ -1,6 +1,6 @@
 """Where the build finds what this repository does not hold: nvcc, CUTLASS and torch's headers.
 
-`python third_party/resolve.py cutlass` prints one of them, for scripts. Nothing that is looked for is imported.
+`python third_party/resolve.py nvcc|cutlass|torch|missing` prints it, for scripts. What is looked for is not imported.
 """
 
 import importlib.util
@@ -24,12 +24,13 @@ class NotFound(Exception):
 
 
 def nvcc() -> Path | None:
-    """The CUDA compiler: `CUDACXX`, else that of `CUDA_HOME`, else the one on PATH or in the usual place."""
+    """The CUDA compiler: `CUDACXX`, else that of `CUDA_HOME`, else the one on PATH or in the usual place; or None."""
     if os.environ.get("CUDACXX"):
-        return Path(os.environ["CUDACXX"])
-    if os.environ.get("CUDA_HOME"):
-        return Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc"
-    found = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]))
+        found = shutil.which(os.environ["CUDACXX"])
+    elif os.environ.get("CUDA_HOME"):
+        found = shutil.which("nvcc", path=os.path.join(os.environ["CUDA_HOME"], "bin"))
+    else:
+        found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     return Path(found) if found else None
 
 
@@ -83,6 +84,7 @@ def missing() -> list[str]:
 
 if __name__ == "__main__":
     try:
-        print({"nvcc": nvcc, "cutlass": cutlass, "torch": torch}[sys.argv[1]]() or "")
+        found = {"nvcc": nvcc, "cutlass": cutlass, "torch": torch, "missing": missing}[sys.argv[1]]()
+        print(*found if isinstance(found, list) else [found or ""])
     except NotFound as error:
         sys.exit(str(error))
