@@ -284,8 +284,6 @@ class KDACacheLayer(_BatchInPlace, LinearAttentionLayer):
         self.max_cache_len = max_cache_len
         self.state_dtype = state_dtype
         self.max_rollback = max_rollback
-        # Without `max_cache_len` a cache is for eager decoding, and `generate` must not compile the forward by itself.
-        self.is_compileable = max_cache_len is not None
         self.cumulative_length: int | torch.Tensor = 0 if max_cache_len is None else torch.tensor(0)
         self._history: Any = None
         # Whether `record` was called for the update that comes next.
@@ -299,6 +297,11 @@ class KDACacheLayer(_BatchInPlace, LinearAttentionLayer):
     def is_initialized(self) -> bool:
         """Whether the states are allocated."""
         return self.is_recurrent_states_initialized[0]
+
+    @property
+    def is_compileable(self) -> bool:
+        """Without `max_cache_len` a cache is for eager decoding: `generate` must not compile the forward by itself."""
+        return self.max_cache_len is not None
 
     @property
     def _states(self) -> States:
@@ -644,26 +647,83 @@ class KDACache(Cache):
             return super().get_mask_sizes(query_length, layer_idx)
         return self.layers[layer_idx].get_mask_sizes(query_length)
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile the forward. Not with `offloading`: keys and values change their address."""
+        return not self.offloading and super().is_compileable
+
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends keys and values `[B, H, T, D]` to attention layer `layer_idx`; returns all of that layer."""
-        if self.offloading and not key_states.is_cuda:
-            # transformers synchronises CUDA streams here; on a CPU everything already is where offloading puts it.
-            return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer = self.layers[layer_idx]
+        if not (self.offloading and key_states.is_cuda):
+            return layer.update(key_states, value_states, *args, **kwargs)
+        # Not transformers' own order: where a single layer has attention, that one reads keys that are still on their
+        # way in, and in 5.17 it fetches keys that are still on their way out. Here each stream waits for the other, and
+        # a layer whose turn is now is not fetched ahead.
+        torch.cuda.current_stream(key_states.device).wait_stream(self.prefetch_stream)
+        layer.prefetch()
+        following = self._attention_layer_from(layer_idx + 1)
+        if following is not layer and following.is_initialized:
+            self.prefetch_stream.wait_stream(torch.cuda.current_stream(following.device))
+            with self.prefetch_stream:
+                following.prefetch()
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        layer.offload()
+        return keys, values
+
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Moves layer `layer_idx` to the CPU."""
+        self._finish_copies()
+        layer = self.layers[layer_idx]
+        layer.offload()
+        if layer.is_initialized and layer.device.type == "cuda":  # the copy is under way
+            torch.cuda.synchronize(layer.device)
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Moves layer `layer_idx` back to its device; with `offloading`, the next attention layer on its own stream."""
-        layer = self.layers[layer_idx % len(self.layers)]
-        overlaps = self.offloading and self._has_attention and torch.cuda.is_available()
-        if isinstance(layer, KDACacheLayer) or not overlaps:
-            layer.prefetch()
-        if overlaps:
-            super().prefetch(layer_idx, only_non_sliding)
+        """Moves layer `layer_idx` back to its device; with `offloading`, also the next attention layer."""
+        self._finish_copies()
+        layer_idx %= len(self.layers)
+        self.layers[layer_idx].prefetch()
+        if self.offloading and self._has_attention:
+            self._attention_layer_from(layer_idx).prefetch()
+
+    def _attention_layer_from(self, layer_idx: int) -> Any:
+        """The first attention layer from `layer_idx` on, round the end if need be."""
+        layers = self.layers[layer_idx:] + self.layers[:layer_idx]
+        return next(layer for layer in layers if not isinstance(layer, KDACacheLayer))
+
+    def _finish_copies(self) -> None:
+        """Waits for the copies that `update` has under way. Called before anything else touches their tensors.
+
+        They are the offloading of the last layers, which the host has not waited for, and the fetching of the next one,
+        for which the current stream has not.
+        """
+        if self.offloading:
+            for device in {layer.device for layer in self.layers if layer.is_initialized}:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
 
     def reset(self) -> None:
         """Back to before the first token. KDA and static layers keep their storage."""
+        self._finish_copies()
         for layer in self.layers:
             _reset_layer(layer)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorders the batch for beam search."""
+        self._finish_copies()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row of the batch `repeats` times."""
+        self._finish_copies()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps only the rows `indices` of the batch."""
+        self._finish_copies()
+        # With offloading some layers are on the CPU: indices there select from a tensor on any device.
+        super().batch_select_indices(indices.cpu() if self.offloading else indices)
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
@@ -676,6 +736,7 @@ class KDACache(Cache):
         num_tokens = _num_tokens_to_remove(tokens_to_remove)
         if num_tokens == 0:
             return
+        self._finish_copies()
         for layer in self.layers:
             if isinstance(layer, KDACacheLayer):
                 layer.check_removable(num_tokens)
@@ -688,6 +749,7 @@ class KDACache(Cache):
     @torch.no_grad()
     def snapshot(self) -> KDACacheSnapshot:
         """A copy of all states, counts and histories, for `restore`."""
+        self._finish_copies()
         return KDACacheSnapshot(self._shape_fields, [_clone_layer(layer) for layer in self.layers])
 
     @torch.no_grad()
@@ -708,6 +770,7 @@ class KDACache(Cache):
                         f"`{name}` is {getattr(saved, name, None)} in the snapshot, but {getattr(layer, name, None)} "
                         "in the cache."
                     )
+        self._finish_copies()
         for layer, saved in zip(self.layers, snapshot.layers, strict=True):
             if not saved.is_initialized:
                 # Keeps the storage that the layer has got since.
@@ -724,6 +787,7 @@ class KDACache(Cache):
             TypeError, ValueError: if `n` is not a positive integer.
         """
         _check_int("n", n, minimum=1)
+        self._finish_copies()
         forked = copy.copy(self)
         forked.layers = [_clone_layer(layer) for layer in self.layers]
         if n > 1:
@@ -737,6 +801,7 @@ class KDACache(Cache):
         The file holds states, keys and values, but no history: after `load`, the tokens in it cannot be cropped.
         """
         path = Path(path)
+        self._finish_copies()
         tensors: dict[str, torch.Tensor] = {}
         for idx, layer in enumerate(self.layers):
             if isinstance(layer, KDACacheLayer):

@@ -728,6 +728,100 @@ def test_offloading_on_gpu(make_cache, offloading):
     assert cache.layers[1].keys.is_cuda
 
 
+def offloaded(tiny_config, attention_layers, max_cache_len=None):
+    """A cache of `attention_layers` offloaded layers and the keys that each was fed, from a host far ahead of the GPU.
+
+    Also returns what the updates returned, as the stream saw it then.
+    """
+    kinds = ["full_attention"] * attention_layers
+    cache = KDACache(
+        tiny_config(num_hidden_layers=len(kinds), layer_types=kinds), max_cache_len=max_cache_len, offloading=True
+    )
+    with cache.prefetch_stream:  # memory that is fetched into holds no keys by chance
+        [torch.full((2, 2, 4096, 128), torch.nan, device="cuda") for _ in range(8)]
+    fed = [torch.randn(2, 2, 0, 128, device="cuda") for _ in kinds]
+    returned = []
+    for _ in range(4):
+        for idx in range(attention_layers):
+            block = torch.randn(2, 2, 1024, 128, device="cuda")
+            fed[idx] = torch.cat([fed[idx], block], 2)
+            torch.cuda._sleep(20_000_000)  # some 10 ms, in which the host issues all that follows
+            keys, values = cache.update(block, -block, idx)
+            returned.append((keys.clone(), values.clone(), fed[idx]))
+    return cache, fed, returned
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("max_cache_len", [None, 4100])
+@pytest.mark.parametrize("attention_layers", [1, 2, 3])
+def test_offloading_copies_wait_for_each_other(tiny_config, attention_layers, max_cache_len):
+    for keys, values, fed in offloaded(tiny_config, attention_layers, max_cache_len)[2]:
+        length = fed.shape[2]
+        torch.testing.assert_close(keys[:, :, :length], fed, rtol=0, atol=0)
+        torch.testing.assert_close(values[:, :, :length], -fed, rtol=0, atol=0)
+
+
+def _restored(cache):
+    snapshot = cache.snapshot()
+    torch.cuda.synchronize()
+    cache.reset()
+    cache.restore(snapshot)
+    return cache
+
+
+def _in_place(method, *args):
+    def call(cache):
+        getattr(cache, method)(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in args))
+        return cache
+
+    return call
+
+
+OPERATIONS = {
+    "snapshot": (_restored, lambda x: x),
+    "fork": (lambda cache: cache.fork(2), lambda x: x.repeat_interleave(2, 0)),
+    "reorder": (_in_place("reorder_cache", torch.tensor([1, 0])), lambda x: x.flip(0)),
+    "repeat": (_in_place("batch_repeat_interleave", 2), lambda x: x.repeat_interleave(2, 0)),
+    "select": (_in_place("batch_select_indices", torch.tensor([1])), lambda x: x[1:]),
+    "crop": (_in_place("crop", -100), lambda x: x[:, :, :-100]),
+    "reset": (_in_place("reset"), lambda x: x[:, :, :0]),
+}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("max_cache_len", [None, 4100])
+@pytest.mark.parametrize("attention_layers", [1, 2])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_offloaded_layers_are_whole_outside_of_a_forward(tiny_config, operation, attention_layers, max_cache_len):
+    cache, fed, _ = offloaded(tiny_config, attention_layers, max_cache_len)
+    apply, expect = OPERATIONS[operation]
+    cache = apply(cache)
+    torch.cuda.synchronize()
+    for layer, keys in zip(cache.layers, fed, strict=True):
+        expected = expect(keys)
+        length = expected.shape[2]
+        assert layer.get_seq_length() == length
+        if layer.keys is not None:
+            torch.testing.assert_close(layer.keys[:, :, :length].cuda(), expected, rtol=0, atol=0)
+            torch.testing.assert_close(layer.values[:, :, :length].cuda(), -expected, rtol=0, atol=0)
+            assert not layer.keys[:, :, length:].any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_saving_waits_for_offloading(tiny_config, tmp_path):
+    cache, fed, _ = offloaded(tiny_config, 2)
+    cache.save(tmp_path / "cache")
+    kinds = ["full_attention"] * 2
+    loaded = KDACache.load(tmp_path / "cache", tiny_config(num_hidden_layers=2, layer_types=kinds), "cuda")
+    for layer, keys in zip(loaded.layers, fed, strict=True):
+        torch.testing.assert_close(layer.keys, keys, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("offloading", [False, True])
+def test_offloading_is_not_compiled(make_cache, offloading):
+    assert make_cache(max_cache_len=64, offloading=offloading).is_compileable == (not offloading)
+
+
 def test_compiled_static_updates_neither_break_nor_recompile(make_cache):
     cache = make_cache(max_cache_len=64)
     tokens = Tokens(1, 12)

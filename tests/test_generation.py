@@ -59,13 +59,18 @@ def test_cache_implementations(model, implementation):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads from a GPU only")
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+@pytest.mark.parametrize("num_hidden_layers", [4, 8])  # one layer with attention, and two
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
-def test_offloaded_cache(tiny_model, implementation):
-    model = tiny_model().to("cuda")
+def test_offloaded_cache(tiny_model, implementation, num_hidden_layers, settings):
+    if implementation == "offloaded_static" and "prompt_lookup_num_tokens" in settings:
+        pytest.skip("assisted decoding takes dynamic caches only")
+    model = tiny_model(num_hidden_layers=num_hidden_layers, pad_token_id=0).to("cuda")
+    model.generation_config.update(max_new_tokens=NEW, do_sample=False, **settings)
     ids = prompt(model)
-    expected = model.generate(ids, max_new_tokens=NEW, do_sample=False)
-    output = model.generate(ids, max_new_tokens=NEW, do_sample=False, cache_implementation=implementation)
-    torch.testing.assert_close(output, expected)
+    output = model.generate(ids, cache_implementation=implementation, return_dict_in_generate=True)
+    assert output.past_key_values.offloading
+    torch.testing.assert_close(output.sequences, model.generate(ids))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
