@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import json
 import math
 import platform
 import shutil
 import time
 from collections import defaultdict
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from datetime import date
 from pathlib import Path
 
@@ -129,6 +131,47 @@ def make_optimizers(model, name: str, lr: float, weight_decay: float) -> list[to
 def learning_rate_at(progress: float, warmup: float = 0.02, decay: float = 0.5) -> float:
     """Share of the peak at a point of the run in [0, 1]: a warmup, a plateau, a straight line to zero."""
     return max(0.0, min(1.0, progress / warmup, (1 - progress) / decay))
+
+
+# --- Start-up of FLA's Triton kernels --------------------------------------------------------------------------------
+
+
+def limit_autotuning(keep: int = 4) -> None:
+    """Lets each of FLA's kernels choose between `keep` configurations only.
+
+    They come with up to 36, and to compile them all took five of the first eight minutes on a fresh machine. Those with
+    4 warps and 3 stages, or nearest to it, are kept.
+    """
+    import fla.ops.kda  # noqa: F401 - defines the kernels
+    from triton.runtime.autotuner import Autotuner
+
+    for tuner in gc.get_objects():
+        if issubclass(type(tuner), Autotuner):
+            tuner.configs = sorted(
+                tuner.configs, key=lambda config: (abs(math.log2(config.num_warps / 4)), abs(config.num_stages - 3))
+            )[:keep]
+
+
+@contextmanager
+def compiling_only():
+    """Within, FLA's kernels are compiled on all cores, and not launched: their outputs hold anything."""
+    from triton.runtime._async_compile import AsyncCompileMode
+    from triton.runtime.autotuner import Autotuner
+
+    run = Autotuner.run
+
+    def compile_all(self, *args, **kwargs):
+        for config in self.configs:
+            self.fn.run(*args, **(kwargs | config.all_kwargs() | {"warmup": True}))
+
+    # One thread for the backward pass too, as Triton's mode belongs to the thread that enters it.
+    with ThreadPoolExecutor() as pool, torch.autograd.set_multithreading_enabled(False):
+        Autotuner.run = compile_all
+        try:
+            with AsyncCompileMode(pool, ignore_errors=True):
+                yield
+        finally:
+            Autotuner.run = run
 
 
 # --- Data and evaluation ---------------------------------------------------------------------------------------------
@@ -253,6 +296,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--evaluations", type=int, default=20, help="held-out evaluations in the run")
     parser.add_argument("--log-every", type=int, default=20, help="steps between progress lines")
+    parser.add_argument(
+        "--fast-start", action="store_true", help="let FLA's kernels tune less, and compile on all cores"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the norms and MLPs around the operators")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -309,6 +355,17 @@ def train(args: argparse.Namespace) -> None:
     if not args.resume:
         log.writerow(["step", "seconds", "tokens", "learning_rate", "train_loss", "train_bpb", "heldout_bpb"])
     print(f"{parameters:,} parameters, {len(data['train']):,} tokens, {bytes_per_token:.2f} bytes a token", flush=True)
+
+    if args.fast_start:
+        limit_autotuning()
+        try:
+            with compiling_only(), autocast():
+                ids = random_windows(data["train"], args.batch, args.length)
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        except Exception as error:  # it only saves time: what is missing is compiled at the first step
+            print(f"could not compile ahead: {error!r}", flush=True)
+        model.zero_grad(set_to_none=True)
+        print(f"compiled after {clock.seconds():.0f} s", flush=True)
 
     def evaluate(name: str = "heldout", autocast=autocast) -> float:
         return round(bits_per_byte(model, data[name], sizes, args.length, args.batch, autocast), 4)
@@ -381,6 +438,7 @@ def train(args: argparse.Namespace) -> None:
         "tokens": step * tokens_a_step,
         "epochs": round(step * tokens_a_step / len(data["train"]), 1),
         "seconds": round(train_seconds, 1),
+        "startup_seconds": round(clock.started - clock.begun, 1),
         "optimizer": args.optimizer,
         "peak_learning_rate": args.lr,
         "weight_decay": args.weight_decay,
