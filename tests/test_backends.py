@@ -19,6 +19,7 @@ def fresh(monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(backends, "_logged", set())
     monkeypatch.setattr(cuda, "_unavailable", "the CUDA extension is not built")
+    monkeypatch.setattr(cuda, "_served", set())
     monkeypatch.setattr(fla, "VERSION", None)
 
 
@@ -92,6 +93,48 @@ def test_cuda_refuses_with_a_reason(monkeypatch):
     assert "no backward" in backends.refusal("cuda", call(requires_grad=True))
     monkeypatch.setenv("FLA_FLASH_KDA", "0")
     assert backends.refusal("cuda", call()) == "FLA_FLASH_KDA=0"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"op": "recurrent_kda"}, "no kernel for recurrent_kda"),
+        ({"K": 32}, "head dimensions are 32 and 128"),
+        ({"V": 256}, "head dimensions are 128 and 256"),
+        ({"mixed_dtypes": True}, "several dtypes"),
+        ({"extension_refusal": "`q` is too large"}, "`q` is too large"),
+    ],
+)
+def test_cuda_refuses_calls(monkeypatch, change, reason):
+    monkeypatch.setattr(cuda, "_unavailable", None)
+    assert reason in backends.refusal("cuda", call(**change))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (10, 0), (9, 0)])
+def test_cuda_refuses_other_devices(monkeypatch, capability):
+    monkeypatch.setattr(cuda, "_unavailable", None)
+    monkeypatch.setattr(cuda, "_refused_by_kernel", lambda *_: None)
+    for name, value in (("is_available", True), ("get_device_capability", capability), ("get_device_name", "GPU X")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    if capability == cuda.CAPABILITY:
+        assert backends.select(call()) == "cuda"
+    else:
+        with pytest.raises(RuntimeError, match=f"on cuda:0: GPU X is sm_{capability[0]}0, .*sm_90a"):
+            backends.select(call(), "cuda")
+
+
+def test_calls_go_unchecked_only_where_they_were_served(monkeypatch):
+    x = torch.randn(1, 2, 1, 4)
+    assert not cuda.serves_again("fwd", x)
+    cuda.note_served("fwd", x)
+    assert cuda.serves_again("fwd", x)
+    assert not cuda.serves_again("chunk_kda", x) and not cuda.serves_again("fwd", x.tolist())
+    for variable, value in (("FLA_FLASH_KDA", "0"), ("KDA_HF_BACKEND", "torch"), ("KDA_HF_CHECK", "1")):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            assert not cuda.serves_again("fwd", x)
+    monkeypatch.setenv("KDA_HF_BACKEND", "cuda")
+    assert cuda.serves_again("fwd", x)
 
 
 def test_extension_that_does_not_load(monkeypatch, tmp_path):

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import backends, checks, chunked, fla
+from . import backends, checks, chunked, cuda, fla
 from . import library as library  # registers the operators
 from .backends import backend_report
 from .inputs import KDAInputs, fwd_inputs
@@ -56,20 +56,36 @@ def fwd(
 
     Source: arXiv 2510.26692; FlashKDA's `fwd`.
     """
-    checks.kda(fwd_inputs(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens))
+    arguments = (q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens)
+    if cuda.serves_again("fwd", q) and cuda.fwd(*arguments) is None:
+        return
+    inputs = fwd_inputs(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
+    checks.kda(inputs)
     checks.tensor("out", out, "[B, T, HV, V]", v.shape, q.device, (v.dtype,))
     if final_state is not None:
-        rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        checks.state("final_state", final_state, rows, q, v, True)
+        checks.state("final_state", final_state, inputs.sequences, q, v, True)
         if initial_state is not None and final_state.dtype != initial_state.dtype:
             raise ValueError(
                 f"`final_state` must have the dtype of `initial_state`, {initial_state.dtype}, got {final_state.dtype}"
             )
-    backends.select(backends.Call("fwd", q.device, q.dtype, q.shape[-1], v.shape[-1]))
+    state = final_state if initial_state is None else initial_state
+    call = backends.Call(
+        "fwd",
+        q.device,
+        q.dtype,
+        q.shape[-1],
+        v.shape[-1],
+        state_dtype=None if state is None else state.dtype,
+        mixed_dtypes=inputs.has_mixed_dtypes,
+    )
+    if backends.select(call) == "cuda":
+        reason = cuda.fwd(*arguments)
+        if reason is None:
+            cuda.note_served("fwd", q)
+            return
+        backends.select(call._replace(extension_refusal=reason))
     with torch.no_grad():
-        torch.ops.kda_hf.fwd(
-            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens
-        )
+        torch.ops.kda_hf.fwd(*arguments)
 
 
 def chunk_kda(
@@ -246,14 +262,25 @@ def _kda(
     intermediate_states: bool,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    requires_grad = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in inputs.tensors)
+    wanted = (output_final_state, intermediate_states)
+    if (
+        cuda.serves_again(op, inputs.q)
+        and backend in (None, "auto", "cuda")
+        and not requires_grad
+        and cu_seqlens_cpu is None
+        and not (safe_gate and inputs.lower_bound is None)
+    ):
+        results = cuda.chunk_kda(inputs, *wanted)
+        if not isinstance(results, str):
+            return _without_spare_chunks(*results, inputs)
     checks.kda(inputs, state_indices, cu_seqlens_cpu, safe_gate)
-    requires_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.tensors)
+    q, v, initial_state = inputs.q, inputs.v, inputs.initial_state
     if state_indices is not None and (requires_grad or intermediate_states):
         lacking = "gradients" if requires_grad else "intermediate states"
         raise ValueError(
             f"`state_indices` updates the states in place, which has no {lacking}; got a call that wants them"
         )
-    q, v, initial_state, cu_seqlens = inputs.q, inputs.v, inputs.initial_state, inputs.cu_seqlens
     call = backends.Call(
         op,
         q.device,
@@ -263,11 +290,19 @@ def _kda(
         requires_grad,
         state_dtype=None if initial_state is None else initial_state.dtype,
         tokens=q.shape[1],
-        packed=cu_seqlens is not None,
+        packed=inputs.cu_seqlens is not None,
         intermediate_states=intermediate_states,
         state_pool=state_indices is not None,
+        mixed_dtypes=inputs.has_mixed_dtypes,
     )
-    if backends.select(call, backend) == "fla":
+    chosen = backends.select(call, backend)
+    if chosen == "cuda":
+        results = cuda.chunk_kda(inputs, *wanted)
+        if not isinstance(results, str):
+            cuda.note_served(op, q)
+            return _without_spare_chunks(*results, inputs, cu_seqlens_cpu)
+        chosen = backends.select(call._replace(extension_refusal=results), backend)
+    if chosen == "fla":
         o, final_state = fla.kda(op, inputs, cu_seqlens_cpu, safe_gate, output_final_state, requires_grad)
         return o, final_state, None
     if state_indices is not None:
@@ -276,12 +311,23 @@ def _kda(
     if op == "recurrent_kda" and not intermediate_states:
         o, final_state = torch.ops.kda_hf.recurrent_kda(*inputs, output_final_state)
         return o, final_state if output_final_state else None, None
-    o, final_state, states = torch.ops.kda_hf.chunk_kda(*inputs, output_final_state, intermediate_states)
-    if intermediate_states and cu_seqlens is not None:
-        bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
-        if checks.values_are_readable(bounds):
-            states = states[:, : sum(chunked.chunks_of(length) for length in bounds.diff().tolist())]
-    return o, final_state if output_final_state else None, states
+    o, final_state, states = torch.ops.kda_hf.chunk_kda(*inputs, *wanted)
+    final_state, states = final_state if output_final_state else None, states if intermediate_states else None
+    return _without_spare_chunks(o, final_state, states, inputs, cu_seqlens_cpu)
+
+
+def _without_spare_chunks(
+    o: torch.Tensor,
+    final_state: torch.Tensor | None,
+    states: torch.Tensor | None,
+    inputs: KDAInputs,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The intermediate states of packed sequences cut to as many as there are, where the bounds can be read."""
+    bounds = inputs.cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
+    if states is not None and bounds is not None and checks.values_are_readable(bounds):
+        states = states[:, : sum(chunked.chunks_of(length) for length in bounds.diff().tolist())]
+    return o, final_state, states
 
 
 def causal_conv1d(

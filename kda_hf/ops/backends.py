@@ -30,11 +30,13 @@ class Call(NamedTuple):
     K: int = 128
     V: int = 128
     requires_grad: bool = False
-    state_dtype: torch.dtype | None = None  # of the initial state
+    state_dtype: torch.dtype | None = None  # of the initial and the final state; None without an initial state
     tokens: int = 1
     packed: bool = False
     intermediate_states: bool = False
     state_pool: bool = False
+    mixed_dtypes: bool = False  # k or v differ from q, or g or β from q and float32
+    extension_refusal: str | None = None  # what the CUDA extension said of these very arguments
 
 
 class BackendStatus(TypedDict):
@@ -46,7 +48,7 @@ class BackendStatus(TypedDict):
 def _refused_by_cuda(call: Call) -> str | None:
     if os.environ.get("FLA_FLASH_KDA") == "0":
         return "FLA_FLASH_KDA=0"
-    return cuda.refusal(call.op, call.device, call.requires_grad)
+    return cuda.refusal(call)
 
 
 def _refused_by_fla(call: Call) -> str | None:

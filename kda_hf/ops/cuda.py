@@ -1,33 +1,174 @@
-"""The CUDA extension `kda_hf/_C.abi3.so`, where one was built."""
+"""The CUDA extension `kda_hf/_C.abi3.so`, where there is one: why it cannot serve a call, and its calls.
 
+The extension checks every argument itself and writes nothing where one is wrong, so that Python need not look at the
+tensors of a call that succeeds. What it refuses goes through the checks of :mod:`.checks`, which raise the documented
+errors, and, where they find none, to another backend.
+"""
+
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import chunked
+from .inputs import KDAInputs
+
+
+if TYPE_CHECKING:
+    from .backends import Call
+
 
 EXTENSION = Path(__file__).parents[1] / "_C.abi3.so"
+OPERATORS = ("fwd", "chunk_kda")
+WIDTHS = (64, 128)  # of K and V
+CAPABILITY = (9, 0)  # the kernels are of sm_90a, which runs on this one only
+REFUSED = "kda_hf refuses: "  # how the message starts where the extension has written nothing
 
 
 def _load() -> str | None:
     """Load the extension, which registers its operators with torch; returns why that failed, or None."""
     if not EXTENSION.exists():
-        return "the CUDA extension is not built"
+        return "the CUDA extension is not built (it needs nvcc when kda_hf is installed)"
     try:
         torch.ops.load_library(EXTENSION)
     except OSError as error:
-        return f"the CUDA extension does not load: {error}"
+        return f"the CUDA extension does not load: {error.__cause__ or error}"
     return None
 
 
 _unavailable = _load()
 
+if _unavailable is None:
+    _prefill = torch.ops.kda_hf_cuda.prefill.default
+    _prefill_refusal = torch.ops.kda_hf_cuda.prefill_refusal.default
+    # It has no gradient, and calls that want one go elsewhere: autograd has nothing to do here.
+    _library = torch.library.Library("kda_hf_cuda", "IMPL")
+    _library.impl("prefill", torch.library.fallthrough_kernel, "Autograd")
 
-def refusal(op: str, device: torch.device, requires_grad: bool) -> str | None:
-    """Why the extension cannot serve `op` on `device`, or None."""
-    if device.type != "cuda":
-        return f"the tensors are on {device}"
+    @torch.library.register_fake("kda_hf_cuda::prefill", lib=_library)
+    def _(*args: Any) -> None:
+        # A real meta tensor among the arguments brings a call here that has to fail.
+        if len({x.device for x in args if isinstance(x, torch.Tensor)}) > 1:
+            raise RuntimeError(f"{REFUSED}the tensors must be on one device")
+
+
+@torch.compiler.assume_constant_result
+def _refused_by_device(index: int | None) -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.cuda.get_device_capability(index) == CAPABILITY:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return (
+        f"{torch.cuda.get_device_name(index)} is sm_{major}{minor}, and the kernels need the wgmma and TMA "
+        "instructions of sm_90a (Hopper)"
+    )
+
+
+@torch.compiler.assume_constant_result
+def _refused_by_kernel(K: int, V: int, dtype: torch.dtype, state_dtype: torch.dtype) -> str | None:
+    return _prefill_refusal(K, V, dtype, state_dtype) or None
+
+
+def refusal(call: "Call") -> str | None:
+    """Why the extension cannot serve the call, or None."""
+    if call.device.type != "cuda":
+        return f"the tensors are on {call.device}"
     if _unavailable is not None:
         return _unavailable
-    if requires_grad:
+    if call.extension_refusal is not None:
+        return call.extension_refusal
+    if call.requires_grad:
         return "the inputs require grad, and the CUDA operators have no backward"
-    return f"the CUDA extension has no kernel for {op}"
+    if call.op not in OPERATORS:
+        return f"the CUDA extension has no kernel for {call.op}"
+    if call.mixed_dtypes:
+        return "q, k and v have several dtypes, or g or beta has neither theirs nor torch.float32"
+    if call.K not in WIDTHS or call.V not in WIDTHS:
+        return f"the head dimensions are {call.K} and {call.V}, and there are kernels for {WIDTHS[0]} and {WIDTHS[1]}"
+    # By comparison, since torch.compile may trace a head dimension as a symbol: it becomes a number here.
+    K, V = (next(known for known in WIDTHS if known == width) for width in (call.K, call.V))
+    reason = _refused_by_kernel(K, V, call.dtype, call.state_dtype or torch.float32)
+    return reason or _refused_by_device(call.device.index)
+
+
+_served: set[tuple[str, int]] = set()
+
+
+def note_served(op: str, q: torch.Tensor) -> None:
+    _served.add((op, q.get_device()))
+
+
+def serves_again(op: str, q: Any) -> bool:
+    """Whether a call may go to the extension unchecked: it has served the operator on this device, as was logged then,
+    and no variable of the environment says otherwise."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(q) is torch.Tensor
+        and (op, q.get_device()) in _served
+        and os.environ.get("FLA_FLASH_KDA") != "0"
+        and os.environ.get("KDA_HF_BACKEND", "auto") in ("auto", "cuda")
+        and os.environ.get("KDA_HF_CHECK") != "1"
+    )
+
+
+def fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    lower_bound: float | None,
+    initial_state: torch.Tensor | None,
+    final_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> str | None:
+    """Why the extension refused, and wrote nothing, or None."""
+    # fmt: off
+    return _call(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, None,
+                 cu_seqlens, True, True, True, False, True)
+    # fmt: on
+
+
+def chunk_kda(
+    x: KDAInputs, output_final_state: bool, output_states: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | str:
+    """o, the final state and the states at the chunks' starts, each where it is asked for; or why it was refused."""
+    try:
+        (batch, tokens, _, K), (_, _, heads, V) = x.q.shape, x.v.shape
+        sequences, dtype = x.sequences, x.state_dtype
+    except (AttributeError, IndexError, ValueError):  # not tensors of these ranks: the checks will say so
+        return "the arguments are not what chunk_kda takes"
+    state = (heads, V, K) if x.state_v_first else (heads, K, V)
+    chunks = chunked.max_chunks(tokens, 1 if x.cu_seqlens is None else sequences)
+    o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
+    final_state = x.q.new_empty((sequences, *state), dtype=dtype) if output_final_state else None
+    states = x.q.new_empty((batch, chunks, *state), dtype=dtype) if output_states else None
+    # fmt: off
+    reason = _call(x.q, x.k, x.v, x.g, x.beta, x.scale, o, x.A_log, x.dt_bias, x.lower_bound, x.initial_state,
+                   final_state, states, x.cu_seqlens, x.use_gate, x.use_qk_norm, x.use_beta_sigmoid,
+                   x.allow_neg_eigval, x.state_v_first)
+    # fmt: on
+    return (o, final_state, states) if reason is None else reason
+
+
+def _call(*args: Any) -> str | None:
+    if torch.compiler.is_compiling():
+        _prefill(*args)  # traced with fake tensors, which nothing refuses
+        return None
+    try:
+        _prefill(*args)
+    except (RuntimeError, TypeError) as error:
+        # Besides its own refusals, torch's, of a value that is not of the schema's type.
+        message = str(error)
+        if message.startswith(REFUSED):
+            return message.removeprefix(REFUSED)
+        if "kda_hf_cuda::prefill" in message:
+            return message.splitlines()[0]
+        raise
+    return None

@@ -42,6 +42,13 @@ class KDAInputs(NamedTuple):
         """The dtype of the states that the operator returns."""
         return reference.compute_dtype(self.q) if self.initial_state is None else self.initial_state.dtype
 
+    @property
+    def has_mixed_dtypes(self) -> bool:
+        """Whether k or v differs from q, or g or β is neither of that dtype nor float32."""
+        dtype = self.q.dtype
+        same = self.k.dtype == dtype and self.v.dtype == dtype
+        return not (same and all(x.dtype in (dtype, torch.float32) for x in (self.g, self.beta)))
+
     def activated(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k, v, log-decay and β after `reference.activate`."""
         activations = (self.use_gate, self.use_qk_norm, self.use_beta_sigmoid, self.allow_neg_eigval)
