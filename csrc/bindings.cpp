@@ -120,6 +120,11 @@ void set_strides(const Tensor& x, int64_t (&result)[3]) {
     }
 }
 
+bool is_floating(ScalarType type) {
+    return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
+           type == ScalarType::Double;
+}
+
 const float* fp32_data(MaybeTensor& x) {
     if (!x) return nullptr;
     if (x->scalar_type() != ScalarType::Float) x = torch::stable::to(*x, ScalarType::Float);
@@ -203,6 +208,9 @@ void prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, 
     for (const Tensor* x : {&g, &beta}) {
         require(x->scalar_type() == dtype || x->scalar_type() == ScalarType::Float,
                 "`g` and `beta` must have the dtype of `q`, or float32");
+    }
+    for (const MaybeTensor* x : {&A_log, &dt_bias}) {
+        require(!*x || is_floating((*x)->scalar_type()), "`A_log` and `dt_bias` must have a floating dtype");
     }
     std::optional<ScalarType> state_dtype;
     for (const MaybeTensor* state : {&initial_state, &final_state, &states}) {
