@@ -40,7 +40,8 @@ def ninja_file() -> str:
         f"common = {host} -I{_quoted(ROOT / 'csrc')}",
         "rule kernel",
         f"  command = $nvcc $common {gencode} --expt-relaxed-constexpr -isystem {_quoted(cutlass)} "
-        "-MD -MF $out.d -c $in -o $out",
+        "-Xptxas -v -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || { cat $out.log; exit 1; }; "
+        "grep -iE 'warning|performance loss' $out.log || true",  # the rest of it is for scripts/check_kernels.py
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = nvcc $in",
@@ -52,7 +53,7 @@ def ninja_file() -> str:
         "  description = g++ $in",
         "rule link",
         # libtorch brings libtorch_cuda where there is one; nothing here refers to it, so that it must not be dropped
-        f"  command = $nvcc -shared -cudart static $in -o $out -L{_quoted(torch / 'lib')} "
+        f"  command = $nvcc {gencode} -shared -cudart static $in -o $out -L{_quoted(torch / 'lib')} "
         "-Xlinker --no-as-needed,--exclude-libs,ALL -ltorch -ltorch_cpu -lc10",
         "  description = link $out",
     ]
