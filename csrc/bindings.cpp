@@ -35,52 +35,52 @@ constexpr uintptr_t kAlignment = 16;  // bytes: what bulk copies and vector load
 [[noreturn]] void refuse(const std::string& reason) { throw std::runtime_error(kRefused + reason); }
 
 void require(bool holds, const char* reason) {
-    if (!holds) refuse(reason);
+  if (!holds) refuse(reason);
 }
 
 void check_cuda(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) {
-        cudaGetLastError();  // the error is reported here: no later call shall find it again
-        throw std::runtime_error(std::string("kda_hf: ") + what + ": " + cudaGetErrorString(status));
-    }
+  if (status != cudaSuccess) {
+    cudaGetLastError();  // the error is reported here: no later call shall find it again
+    throw std::runtime_error(std::string("kda_hf: ") + what + ": " + cudaGetErrorString(status));
+  }
 }
 
 struct DeviceInfo {
-    int sms = 0;
-    int capability = 0;  // 10 * major + minor
+  int sms = 0;
+  int capability = 0;  // 10 * major + minor
 };
 
 DeviceInfo device_info(int device) {
-    constexpr int kCached = 64;
-    static std::array<std::atomic<uint64_t>, kCached> cache{};
-    if (device < kCached) {
-        if (const uint64_t known = cache[device].load(std::memory_order_relaxed)) {
-            return {static_cast<int>(known >> 32), static_cast<int>(known & 0xffffffffu)};
-        }
+  constexpr int kCached = 64;
+  static std::array<std::atomic<uint64_t>, kCached> cache{};
+  if (device < kCached) {
+    if (const uint64_t known = cache[device].load(std::memory_order_relaxed)) {
+      return {static_cast<int>(known >> 32), static_cast<int>(known & 0xffffffffu)};
     }
-    int sms = 0, major = 0, minor = 0;
-    check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "number of SMs");
-    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
-    check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
-    const int capability = 10 * major + minor;
-    if (device < kCached) {
-        cache[device].store(static_cast<uint64_t>(sms) << 32 | static_cast<uint64_t>(capability));
-    }
-    return {sms, capability};
+  }
+  int sms = 0, major = 0, minor = 0;
+  check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "number of SMs");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
+  const int capability = 10 * major + minor;
+  if (device < kCached) {
+    cache[device].store(static_cast<uint64_t>(sms) << 32 | static_cast<uint64_t>(capability));
+  }
+  return {sms, capability};
 }
 
 bool has_shape(const Tensor& x, std::initializer_list<int64_t> shape) {
-    const auto sizes = x.sizes();
-    return sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
+  const auto sizes = x.sizes();
+  return sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
 }
 
 kda::DType dtype_of(ScalarType type, const char* name) {
-    switch (type) {
-        case ScalarType::BFloat16: return kda::DType::kBF16;
-        case ScalarType::Half: return kda::DType::kFP16;
-        case ScalarType::Float: return kda::DType::kFP32;
-        default: refuse(std::string("`") + name + "` must be bfloat16, float16 or float32");
-    }
+  switch (type) {
+    case ScalarType::BFloat16: return kda::DType::kBF16;
+    case ScalarType::Half: return kda::DType::kFP16;
+    case ScalarType::Float: return kda::DType::kFP32;
+    default: refuse(std::string("`") + name + "` must be bfloat16, float16 or float32");
+  }
 }
 
 bool is_aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kAlignment == 0; }
@@ -88,22 +88,22 @@ bool is_aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_da
 // Whether bulk copies can take the rows of x [B, T, heads, width] as they lie. The stride of a dimension of size 1
 // means nothing; one of 0 repeats rows.
 bool has_aligned_rows(const Tensor& x) {
-    const auto sizes = x.sizes(), strides = x.strides();
-    const auto element = static_cast<int64_t>(x.element_size());
-    if (!is_aligned(x) || strides[3] != 1) return false;
-    for (int dim = 0; dim < 3; ++dim) {
-        const int64_t bytes = strides[dim] * element;
-        if (sizes[dim] > 1 && (bytes <= 0 || bytes % static_cast<int64_t>(kAlignment) != 0)) return false;
-    }
-    return true;
+  const auto sizes = x.sizes(), strides = x.strides();
+  const auto element = static_cast<int64_t>(x.element_size());
+  if (!is_aligned(x) || strides[3] != 1) return false;
+  for (int dim = 0; dim < 3; ++dim) {
+    const int64_t bytes = strides[dim] * element;
+    if (sizes[dim] > 1 && (bytes <= 0 || bytes % static_cast<int64_t>(kAlignment) != 0)) return false;
+  }
+  return true;
 }
 
 Tensor fresh_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }  // contiguous
 
 Tensor fresh_copy(const Tensor& x) {
-    Tensor copy = fresh_like(x);
-    torch::stable::copy_(copy, x);
-    return copy;
+  Tensor copy = fresh_like(x);
+  torch::stable::copy_(copy, x);
+  return copy;
 }
 
 Tensor with_aligned_rows(const Tensor& x) { return has_aligned_rows(x) ? x : fresh_copy(x); }
@@ -112,230 +112,228 @@ bool is_plain(const Tensor& x) { return x.is_contiguous() && is_aligned(x); }
 
 // Strides of B, T and head; those of dimensions of size 1 as if contiguous, whatever torch has noted for them.
 void set_strides(const Tensor& x, int64_t (&result)[3]) {
-    const auto sizes = x.sizes(), strides = x.strides();
-    int64_t contiguous = x.dim() == 4 ? sizes[3] : 1;
-    for (int dim = 2; dim >= 0; --dim) {
-        result[dim] = sizes[dim] == 1 ? contiguous : strides[dim];
-        contiguous *= sizes[dim];
-    }
+  const auto sizes = x.sizes(), strides = x.strides();
+  int64_t contiguous = x.dim() == 4 ? sizes[3] : 1;
+  for (int dim = 2; dim >= 0; --dim) {
+    result[dim] = sizes[dim] == 1 ? contiguous : strides[dim];
+    contiguous *= sizes[dim];
+  }
 }
 
 bool is_floating(ScalarType type) {
-    return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
-           type == ScalarType::Double;
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
+         type == ScalarType::Double;
 }
 
 const float* fp32_data(MaybeTensor& x) {
-    if (!x) return nullptr;
-    if (x->scalar_type() != ScalarType::Float) x = torch::stable::to(*x, ScalarType::Float);
-    if (!x->is_contiguous()) x = fresh_copy(*x);
-    return static_cast<const float*>(x->const_data_ptr());
+  if (!x) return nullptr;
+  if (x->scalar_type() != ScalarType::Float) x = torch::stable::to(*x, ScalarType::Float);
+  if (!x->is_contiguous()) x = fresh_copy(*x);
+  return static_cast<const float*>(x->const_data_ptr());
 }
 
 // A buffer that a kernel writes: the caller's own where the kernel can, else a temporary one that is copied into it.
 class Output {
  public:
-    Output(const MaybeTensor& target, bool (*suits)(const Tensor&)) : target_(target) {
-        if (target_) written_ = suits(*target_) ? *target_ : fresh_like(*target_);
-    }
+  Output(const MaybeTensor& target, bool (*suits)(const Tensor&)) : target_(target) {
+    if (target_) written_ = suits(*target_) ? *target_ : fresh_like(*target_);
+  }
 
-    void* data() const { return written_ ? written_->mutable_data_ptr() : nullptr; }
-    const Tensor& tensor() const { return *written_; }
+  void* data() const { return written_ ? written_->mutable_data_ptr() : nullptr; }
+  const Tensor& tensor() const { return *written_; }
 
-    void copy_back() {
-        if (written_ && written_->get() != target_->get()) torch::stable::copy_(*target_, *written_);
-    }
+  void copy_back() {
+    if (written_ && written_->get() != target_->get()) torch::stable::copy_(*target_, *written_);
+  }
 
  private:
-    MaybeTensor target_, written_;
+  MaybeTensor target_, written_;
 };
 
 int as_int(int64_t size, const char* name) {
-    if (size > INT_MAX) refuse(std::string("`") + name + "` is too large");
-    return static_cast<int>(size);
+  if (size > INT_MAX) refuse(std::string("`") + name + "` is too large");
+  return static_cast<int>(size);
 }
 
 // Without tokens the final state is the initial one.
 void pass_state_on(const void* initial_state, void* final_state, size_t bytes, cudaStream_t stream) {
-    if (final_state == nullptr || final_state == initial_state || bytes == 0) return;
-    check_cuda(initial_state == nullptr
-                   ? cudaMemsetAsync(final_state, 0, bytes, stream)
-                   : cudaMemcpyAsync(final_state, initial_state, bytes, cudaMemcpyDeviceToDevice, stream),
-               "final state");
+  if (final_state == nullptr || final_state == initial_state || bytes == 0) return;
+  check_cuda(initial_state == nullptr
+                 ? cudaMemsetAsync(final_state, 0, bytes, stream)
+                 : cudaMemcpyAsync(final_state, initial_state, bytes, cudaMemcpyDeviceToDevice, stream),
+             "final state");
 }
 
 void prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, Tensor out, MaybeTensor A_log,
              MaybeTensor dt_bias, std::optional<double> lower_bound, MaybeTensor initial_state, MaybeTensor final_state,
              MaybeTensor states, MaybeTensor cu_seqlens, bool use_gate, bool use_qk_norm, bool use_beta_sigmoid,
              bool allow_neg_eigval, bool state_v_first) {
-    // Shapes
-    require(q.dim() == 4, "`q` must have shape [B, T, H, K]");
-    require(v.dim() == 4, "`v` must have shape [B, T, HV, V]");
-    const int64_t B = q.size(0), T = q.size(1), H = q.size(2), K = q.size(3), HV = v.size(2), V = v.size(3);
-    require(has_shape(k, {B, T, H, K}), "`k` must have the shape of `q`");
-    require(has_shape(v, {B, T, HV, V}), "`v` must have shape [B, T, HV, V]");
-    require(H > 0 && HV % H == 0, "`v` must have a multiple of the heads of `q`");
-    require(has_shape(g, {B, T, HV, K}), "`g` must have shape [B, T, HV, K]");
-    require(has_shape(beta, {B, T, HV}), "`beta` must have shape [B, T, HV]");
-    require(has_shape(out, {B, T, HV, V}), "`out` must have the shape of `v`");
-    require(!A_log || has_shape(*A_log, {HV}), "`A_log` must have shape [HV]");
-    require(!dt_bias || has_shape(*dt_bias, {HV, K}) || has_shape(*dt_bias, {HV * K}),
-            "`dt_bias` must have shape [HV, K] or [HV * K]");
-    int64_t N = B;
-    if (cu_seqlens) {
-        require(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2 && B == 1,
-                "`cu_seqlens` must have shape [N + 1] with N >= 1, and B must be 1");
-        N = cu_seqlens->size(0) - 1;
-    }
-    const int64_t rows = state_v_first ? V : K, columns = state_v_first ? K : V;
-    for (const MaybeTensor* state : {&initial_state, &final_state}) {
-        require(!*state || has_shape(**state, {N, HV, rows, columns}),
-                "`initial_state` and `final_state` must have shape [N, HV, V, K], or [N, HV, K, V]");
-    }
-    if (states) {
-        const int64_t dense = (T + 63) / 64, most = (T + 63 * N) / 64;
-        require(has_shape(*states, {B, cu_seqlens ? std::min(T, most) : dense, HV, rows, columns}),
-                "`states` must have shape [B, NT, HV, V, K], or [B, NT, HV, K, V]");
-    }
-    require(!lower_bound || (*lower_bound >= -5 && *lower_bound <= 0), "`lower_bound` must be in [-5, 0]");
-    require(use_beta_sigmoid || !allow_neg_eigval, "`allow_neg_eigval` needs a sigmoid of beta");
+  // Shapes
+  require(q.dim() == 4, "`q` must have shape [B, T, H, K]");
+  require(v.dim() == 4, "`v` must have shape [B, T, HV, V]");
+  const int64_t B = q.size(0), T = q.size(1), H = q.size(2), K = q.size(3), HV = v.size(2), V = v.size(3);
+  require(has_shape(k, {B, T, H, K}), "`k` must have the shape of `q`");
+  require(has_shape(v, {B, T, HV, V}), "`v` must have shape [B, T, HV, V]");
+  require(H > 0 && HV % H == 0, "`v` must have a multiple of the heads of `q`");
+  require(has_shape(g, {B, T, HV, K}), "`g` must have shape [B, T, HV, K]");
+  require(has_shape(beta, {B, T, HV}), "`beta` must have shape [B, T, HV]");
+  require(has_shape(out, {B, T, HV, V}), "`out` must have the shape of `v`");
+  require(!A_log || has_shape(*A_log, {HV}), "`A_log` must have shape [HV]");
+  require(!dt_bias || has_shape(*dt_bias, {HV, K}) || has_shape(*dt_bias, {HV * K}),
+          "`dt_bias` must have shape [HV, K] or [HV * K]");
+  int64_t N = B;
+  if (cu_seqlens) {
+    require(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2 && B == 1,
+            "`cu_seqlens` must have shape [N + 1] with N >= 1, and B must be 1");
+    N = cu_seqlens->size(0) - 1;
+  }
+  const int64_t rows = state_v_first ? V : K, columns = state_v_first ? K : V;
+  for (const MaybeTensor* state : {&initial_state, &final_state}) {
+    require(!*state || has_shape(**state, {N, HV, rows, columns}),
+            "`initial_state` and `final_state` must have shape [N, HV, V, K], or [N, HV, K, V]");
+  }
+  if (states) {
+    const int64_t dense = (T + 63) / 64, most = (T + 63 * N) / 64;
+    require(has_shape(*states, {B, cu_seqlens ? std::min(T, most) : dense, HV, rows, columns}),
+            "`states` must have shape [B, NT, HV, V, K], or [B, NT, HV, K, V]");
+  }
+  require(!lower_bound || (*lower_bound >= -5 && *lower_bound <= 0), "`lower_bound` must be in [-5, 0]");
+  require(use_beta_sigmoid || !allow_neg_eigval, "`allow_neg_eigval` needs a sigmoid of beta");
 
-    // Dtypes
-    const ScalarType dtype = q.scalar_type();
-    for (const Tensor* x : {&k, &v, &out}) {
-        require(x->scalar_type() == dtype, "`q`, `k`, `v` and `out` must have one dtype");
-    }
-    for (const Tensor* x : {&g, &beta}) {
-        require(x->scalar_type() == dtype || x->scalar_type() == ScalarType::Float,
-                "`g` and `beta` must have the dtype of `q`, or float32");
-    }
-    for (const MaybeTensor* x : {&A_log, &dt_bias}) {
-        require(!*x || is_floating((*x)->scalar_type()), "`A_log` and `dt_bias` must have a floating dtype");
-    }
-    std::optional<ScalarType> state_dtype;
-    for (const MaybeTensor* state : {&initial_state, &final_state, &states}) {
-        if (!*state) continue;
-        require(!state_dtype || state_dtype == (*state)->scalar_type(),
-                "`final_state` must have `initial_state`'s dtype");
-        state_dtype = (*state)->scalar_type();
-    }
-    if (cu_seqlens) {
-        require(cu_seqlens->scalar_type() == ScalarType::Int || cu_seqlens->scalar_type() == ScalarType::Long,
-                "`cu_seqlens` must be int32 or int64");
-    }
+  // Dtypes
+  const ScalarType dtype = q.scalar_type();
+  for (const Tensor* x : {&k, &v, &out}) {
+    require(x->scalar_type() == dtype, "`q`, `k`, `v` and `out` must have one dtype");
+  }
+  for (const Tensor* x : {&g, &beta}) {
+    require(x->scalar_type() == dtype || x->scalar_type() == ScalarType::Float,
+            "`g` and `beta` must have the dtype of `q`, or float32");
+  }
+  for (const MaybeTensor* x : {&A_log, &dt_bias}) {
+    require(!*x || is_floating((*x)->scalar_type()), "`A_log` and `dt_bias` must have a floating dtype");
+  }
+  std::optional<ScalarType> state_dtype;
+  for (const MaybeTensor* state : {&initial_state, &final_state, &states}) {
+    if (!*state) continue;
+    require(!state_dtype || state_dtype == (*state)->scalar_type(), "`final_state` must have `initial_state`'s dtype");
+    state_dtype = (*state)->scalar_type();
+  }
+  if (cu_seqlens) {
+    require(cu_seqlens->scalar_type() == ScalarType::Int || cu_seqlens->scalar_type() == ScalarType::Long,
+            "`cu_seqlens` must be int32 or int64");
+  }
 
-    // Devices
-    const int32_t device = q.get_device_index();
-    for (const Tensor* x : {&q, &k, &v, &g, &beta, &out}) {
-        require(x->is_cuda() && x->get_device_index() == device, "the tensors must be on one CUDA device");
+  // Devices
+  const int32_t device = q.get_device_index();
+  for (const Tensor* x : {&q, &k, &v, &g, &beta, &out}) {
+    require(x->is_cuda() && x->get_device_index() == device, "the tensors must be on one CUDA device");
+  }
+  for (const MaybeTensor* x : {&A_log, &dt_bias, &initial_state, &final_state, &states, &cu_seqlens}) {
+    require(!*x || ((*x)->is_cuda() && (*x)->get_device_index() == device), "the tensors must be on one CUDA device");
+  }
+  const DeviceInfo info = device_info(device);
+  require(info.capability == 90, "the device is not of compute capability 9.0");
+
+  kda::PrefillParams params{};
+  params.B = as_int(B, "q"), params.T = as_int(T, "q"), params.H = as_int(H, "q"), params.K = as_int(K, "q");
+  params.HV = as_int(HV, "v"), params.V = as_int(V, "v"), params.N = as_int(N, "cu_seqlens");
+  params.dtype = dtype_of(dtype, "q");
+  params.g_dtype = dtype_of(g.scalar_type(), "g");
+  params.beta_dtype = dtype_of(beta.scalar_type(), "beta");
+  params.state_dtype = dtype_of(state_dtype.value_or(ScalarType::Float), "initial_state");
+  params.gate = !use_gate ? kda::Gate::kNone : lower_bound ? kda::Gate::kSafe : kda::Gate::kSoftplus;
+  params.scale = static_cast<float>(scale);
+  params.lower_bound = static_cast<float>(lower_bound.value_or(0));
+  params.use_qk_norm = use_qk_norm;
+  params.use_beta_sigmoid = use_beta_sigmoid;
+  params.allow_neg_eigval = allow_neg_eigval;
+  params.state_v_first = state_v_first;
+  params.num_sms = info.sms;
+  if (const char* reason = kda::prefill_refusal(params)) refuse(reason);
+
+  // From here on the call is served.
+  int32_t current = device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&current));
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (current != device) guard.emplace(device);
+  check_cuda(cudaSetDevice(device), "device");  // the CUDA runtime in this library is not torch's
+  void* stream_handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_handle));
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+
+  if (initial_state && !is_plain(*initial_state)) initial_state = fresh_copy(*initial_state);
+  if (cu_seqlens && !cu_seqlens->is_contiguous()) cu_seqlens = fresh_copy(*cu_seqlens);
+  Output output(out, has_aligned_rows), final_output(final_state, is_plain), states_output(states, is_plain);
+  params.initial_state = initial_state ? initial_state->const_data_ptr() : nullptr;
+  params.final_state = final_output.data();
+  params.states = states_output.data();
+
+  if (B * T * HV * N == 0) {
+    if (final_state) {
+      const size_t bytes = static_cast<size_t>(final_state->numel()) * final_state->element_size();
+      pass_state_on(params.initial_state, params.final_state, bytes, stream);
+      final_output.copy_back();
     }
-    for (const MaybeTensor* x : {&A_log, &dt_bias, &initial_state, &final_state, &states, &cu_seqlens}) {
-        require(!*x || ((*x)->is_cuda() && (*x)->get_device_index() == device),
-                "the tensors must be on one CUDA device");
-    }
-    const DeviceInfo info = device_info(device);
-    require(info.capability == 90, "the device is not of compute capability 9.0");
+    return;
+  }
 
-    kda::PrefillParams params{};
-    params.B = as_int(B, "q"), params.T = as_int(T, "q"), params.H = as_int(H, "q"), params.K = as_int(K, "q");
-    params.HV = as_int(HV, "v"), params.V = as_int(V, "v"), params.N = as_int(N, "cu_seqlens");
-    params.dtype = dtype_of(dtype, "q");
-    params.g_dtype = dtype_of(g.scalar_type(), "g");
-    params.beta_dtype = dtype_of(beta.scalar_type(), "beta");
-    params.state_dtype = dtype_of(state_dtype.value_or(ScalarType::Float), "initial_state");
-    params.gate = !use_gate ? kda::Gate::kNone : lower_bound ? kda::Gate::kSafe : kda::Gate::kSoftplus;
-    params.scale = static_cast<float>(scale);
-    params.lower_bound = static_cast<float>(lower_bound.value_or(0));
-    params.use_qk_norm = use_qk_norm;
-    params.use_beta_sigmoid = use_beta_sigmoid;
-    params.allow_neg_eigval = allow_neg_eigval;
-    params.state_v_first = state_v_first;
-    params.num_sms = info.sms;
-    if (const char* reason = kda::prefill_refusal(params)) refuse(reason);
+  q = with_aligned_rows(q), k = with_aligned_rows(k), v = with_aligned_rows(v), g = with_aligned_rows(g);
+  set_strides(q, params.q_strides), set_strides(k, params.k_strides), set_strides(v, params.v_strides);
+  set_strides(g, params.g_strides), set_strides(beta, params.beta_strides);
+  set_strides(output.tensor(), params.out_strides);
+  params.q = q.const_data_ptr(), params.k = k.const_data_ptr(), params.v = v.const_data_ptr();
+  params.g = g.const_data_ptr(), params.beta = beta.const_data_ptr(), params.out = output.data();
+  params.A_log = fp32_data(A_log), params.dt_bias = fp32_data(dt_bias);
+  params.cu_seqlens = cu_seqlens ? cu_seqlens->const_data_ptr() : nullptr;
+  params.cu_seqlens_is_int64 = cu_seqlens && cu_seqlens->scalar_type() == ScalarType::Long;
 
-    // From here on the call is served.
-    int32_t current = device;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&current));
-    std::optional<torch::stable::accelerator::DeviceGuard> guard;
-    if (current != device) guard.emplace(device);
-    check_cuda(cudaSetDevice(device), "device");  // the CUDA runtime in this library is not torch's
-    void* stream_handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_handle));
-    const auto stream = static_cast<cudaStream_t>(stream_handle);
-
-    if (initial_state && !is_plain(*initial_state)) initial_state = fresh_copy(*initial_state);
-    if (cu_seqlens && !cu_seqlens->is_contiguous()) cu_seqlens = fresh_copy(*cu_seqlens);
-    Output output(out, has_aligned_rows), final_output(final_state, is_plain), states_output(states, is_plain);
-    params.initial_state = initial_state ? initial_state->const_data_ptr() : nullptr;
-    params.final_state = final_output.data();
-    params.states = states_output.data();
-
-    if (B * T * HV * N == 0) {
-        if (final_state) {
-            const size_t bytes = static_cast<size_t>(final_state->numel()) * final_state->element_size();
-            pass_state_on(params.initial_state, params.final_state, bytes, stream);
-            final_output.copy_back();
-        }
-        return;
-    }
-
-    q = with_aligned_rows(q), k = with_aligned_rows(k), v = with_aligned_rows(v), g = with_aligned_rows(g);
-    set_strides(q, params.q_strides), set_strides(k, params.k_strides), set_strides(v, params.v_strides);
-    set_strides(g, params.g_strides), set_strides(beta, params.beta_strides);
-    set_strides(output.tensor(), params.out_strides);
-    params.q = q.const_data_ptr(), params.k = k.const_data_ptr(), params.v = v.const_data_ptr();
-    params.g = g.const_data_ptr(), params.beta = beta.const_data_ptr(), params.out = output.data();
-    params.A_log = fp32_data(A_log), params.dt_bias = fp32_data(dt_bias);
-    params.cu_seqlens = cu_seqlens ? cu_seqlens->const_data_ptr() : nullptr;
-    params.cu_seqlens_is_int64 = cu_seqlens && cu_seqlens->scalar_type() == ScalarType::Long;
-
-    MaybeTensor workspace;  // torch's allocator takes it back for later work of this stream
-    if (const size_t bytes = kda::prefill_workspace_bytes(params)) {
-        const auto size = static_cast<int64_t>(bytes), stride = int64_t{1};
-        AtenTensorHandle handle = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
-                                                               aoti_torch_device_type_cuda(), device, &handle));
-        workspace.emplace(handle);
-        params.workspace = workspace->mutable_data_ptr();
-    }
-    check_cuda(kda::prefill(params, stream), "prefill");
-    output.copy_back();
-    final_output.copy_back();
-    states_output.copy_back();
+  MaybeTensor workspace;  // torch's allocator takes it back for later work of this stream
+  if (const size_t bytes = kda::prefill_workspace_bytes(params)) {
+    const auto size = static_cast<int64_t>(bytes), stride = int64_t{1};
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
+                                                           aoti_torch_device_type_cuda(), device, &handle));
+    workspace.emplace(handle);
+    params.workspace = workspace->mutable_data_ptr();
+  }
+  check_cuda(kda::prefill(params, stream), "prefill");
+  output.copy_back();
+  final_output.copy_back();
+  states_output.copy_back();
 }
 
 // Why no prefill call of these widths and dtypes could be served, or an empty string. Needs no device.
 std::string prefill_refusal(int64_t K, int64_t V, ScalarType dtype, ScalarType state_dtype) {
-    try {
-        kda::PrefillParams params{};
-        params.B = params.T = params.H = params.HV = params.N = 1;
-        params.K = as_int(K, "q"), params.V = as_int(V, "v");
-        params.dtype = params.g_dtype = params.beta_dtype = dtype_of(dtype, "q");
-        params.state_dtype = dtype_of(state_dtype, "initial_state");
-        params.gate = kda::Gate::kSafe;
-        params.lower_bound = -5;
-        params.scale = 1;
-        params.use_qk_norm = params.use_beta_sigmoid = params.state_v_first = true;
-        const char* reason = kda::prefill_refusal(params);
-        return reason ? reason : "";
-    } catch (const std::runtime_error& error) {
-        return std::string(error.what()).substr(std::char_traits<char>::length(kRefused));
-    }
+  try {
+    kda::PrefillParams params{};
+    params.B = params.T = params.H = params.HV = params.N = 1;
+    params.K = as_int(K, "q"), params.V = as_int(V, "v");
+    params.dtype = params.g_dtype = params.beta_dtype = dtype_of(dtype, "q");
+    params.state_dtype = dtype_of(state_dtype, "initial_state");
+    params.gate = kda::Gate::kSafe;
+    params.lower_bound = -5;
+    params.scale = 1;
+    params.use_qk_norm = params.use_beta_sigmoid = params.state_v_first = true;
+    const char* reason = kda::prefill_refusal(params);
+    return reason ? reason : "";
+  } catch (const std::runtime_error& error) {
+    return std::string(error.what()).substr(std::char_traits<char>::length(kRefused));
+  }
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(kda_hf_cuda, m) {
-    m.def(
-        "prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor? A_log, "
-        "Tensor? dt_bias, float? lower_bound, Tensor? initial_state, Tensor(b!)? final_state, Tensor(c!)? states, "
-        "Tensor? cu_seqlens, bool use_gate, bool use_qk_norm, bool use_beta_sigmoid, bool allow_neg_eigval, "
-        "bool state_v_first) -> ()");
-    m.def("prefill_refusal(int K, int V, ScalarType dtype, ScalarType state_dtype) -> str");
+  m.def(
+      "prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor? A_log, "
+      "Tensor? dt_bias, float? lower_bound, Tensor? initial_state, Tensor(b!)? final_state, Tensor(c!)? states, "
+      "Tensor? cu_seqlens, bool use_gate, bool use_qk_norm, bool use_beta_sigmoid, bool allow_neg_eigval, "
+      "bool state_v_first) -> ()");
+  m.def("prefill_refusal(int K, int V, ScalarType dtype, ScalarType state_dtype) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kda_hf_cuda, CUDA, m) { m.impl("prefill", TORCH_BOX(&prefill)); }
 
 STABLE_TORCH_LIBRARY_IMPL(kda_hf_cuda, CompositeExplicitAutograd, m) {
-    m.impl("prefill_refusal", TORCH_BOX(&prefill_refusal));
+  m.impl("prefill_refusal", TORCH_BOX(&prefill_refusal));
 }
