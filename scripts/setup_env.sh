@@ -35,9 +35,12 @@ fi
 if [ -z "$(python "$repository/third_party/resolve.py" nvcc)" ]; then
     echo "No nvcc here: the CUDA kernels are not built"
 else
-    # CUTLASS without what its Python package depends on: only its headers are used
-    missing=$(python "$repository/third_party/resolve.py" missing)
-    [ -z "$missing" ] || "${pip[@]}" install --quiet --no-deps $missing || [ -e "$repository/kda_hf/_C.abi3.so" ]
+    for requirement in $(python "$repository/third_party/resolve.py" missing); do
+        options=()
+        # Of CUTLASS only the headers are used: out of the environment, where pip would miss what its Python part needs.
+        [[ $requirement != nvidia-cutlass* ]] || options=(--no-deps --upgrade --target "$repository/build/third_party")
+        "${pip[@]}" install --quiet "${options[@]}" "$requirement" || [ -e "$repository/kda_hf/_C.abi3.so" ]
+    done
 fi
 echo "Installing kda_hf"
 "${pip[@]}" install --quiet --no-build-isolation "$repository[${KDA_HF_EXTRAS:-test}]"

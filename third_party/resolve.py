@@ -14,6 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE / "cutlass"
+UNPACKED = HERE.parent / "build" / "third_party"
 PIN = next(line for line in (HERE / "requirements.txt").read_text().splitlines() if not line.startswith("#"))
 CUTLASS_PACKAGE, CUTLASS_VERSION = PIN.split("==")
 TORCH = "torch>=2.11"
@@ -35,16 +36,19 @@ def nvcc() -> Path | None:
 
 
 def cutlass() -> Path:
-    """CUTLASS's headers: a checkout in third_party/cutlass, which may be of any version, else the pinned package's."""
+    """CUTLASS's headers: a checkout in third_party/cutlass, which may be of any version, else the pinned package's,
+    unpacked in build/third_party or installed."""
     if CHECKOUT.is_dir():
         include, origin = CHECKOUT / "include", str(CHECKOUT)
     else:
-        try:
-            package = metadata.distribution(CUTLASS_PACKAGE)
-        except metadata.PackageNotFoundError:
-            raise NotFound(f"CUTLASS is not installed. {_advice()}") from None
-        if package.version != CUTLASS_VERSION:
-            raise NotFound(f"{CUTLASS_PACKAGE} is {package.version}, {CUTLASS_VERSION} is needed. {_advice()}")
+        packages = [
+            *metadata.distributions(name=CUTLASS_PACKAGE, path=[str(UNPACKED)]),
+            *metadata.distributions(name=CUTLASS_PACKAGE),
+        ]
+        package = next((found for found in packages if found.version == CUTLASS_VERSION), None)
+        if package is None:
+            versions = f", only {packages[0].version}" if packages else ""
+            raise NotFound(f"CUTLASS {CUTLASS_VERSION} is not installed{versions}. {_advice()}")
         include, origin = Path(str(package.locate_file("cutlass_library/source/include"))), CUTLASS_PACKAGE
     if not (include / "cute" / "tensor.hpp").exists():
         raise NotFound(f"{origin} has no headers: {include}/cute/tensor.hpp does not exist. {_advice()}")

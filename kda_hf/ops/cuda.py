@@ -39,6 +39,12 @@ def _load() -> str | None:
 
 _unavailable = _load()
 
+
+def status() -> str:
+    """Whether the extension is there, in words."""
+    return "the CUDA extension is loaded" if _unavailable is None else _unavailable
+
+
 if _unavailable is None:
     _prefill = torch.ops.kda_hf_cuda.prefill.default
     _prefill_refusal = torch.ops.kda_hf_cuda.prefill_refusal.default
