@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
 #include <atomic>
@@ -253,12 +254,12 @@ void prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, 
 
   // From here on the call is served.
   int32_t current = device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&current));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&current));
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (current != device) guard.emplace(device);
   check_cuda(cudaSetDevice(device), "device");  // the CUDA runtime in this library is not torch's
   void* stream_handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_handle));
   const auto stream = static_cast<cudaStream_t>(stream_handle);
 
   if (initial_state && !is_plain(*initial_state)) initial_state = fresh_copy(*initial_state);
@@ -291,8 +292,8 @@ void prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, 
   if (const size_t bytes = kda::prefill_workspace_bytes(params)) {
     const auto size = static_cast<int64_t>(bytes), stride = int64_t{1};
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
-                                                           aoti_torch_device_type_cuda(), device, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
+                                                    aoti_torch_device_type_cuda(), device, &handle));
     workspace.emplace(handle);
     params.workspace = workspace->mutable_data_ptr();
   }
