@@ -68,7 +68,7 @@ def _prepare(
 ) -> tuple[torch.Tensor, ...]:
     """All that a chunk needs besides the state, from q, k, g [M,C,K], v [M,C,V], beta [M,C,1]; C a power of two.
 
-    Returns Q ∘ e^G, W, U, P, K ∘ e^(G_C - G) and e^(G_C).
+    Returns all that reads the state, -W above Q ∘ e^G [M, 2 C, K], and U, P, K ∘ e^(G_C - G) and e^(G_C).
 
     Blocks of 1, 2, 4, ... tokens are merged in pairs. Between the two blocks of a pair every decay is a product of two
     factors that meet at the boundary: from the boundary to the later token, and from the earlier token to the boundary.
@@ -78,25 +78,26 @@ def _prepare(
     """
     decay = g.exp()  # [M, blocks, K] over the whole block
     beta_k = beta * k
-    # [M, blocks, 2, block, K]: q and βk decayed from the start of the block. [M, blocks, block, K]: k, to its end.
-    rows = (torch.stack((q, beta_k), 2) * decay.unsqueeze(2)).unsqueeze(3)
+    # [M, blocks, 2, block, K]: q and -βk decayed from the start of the block. [M, blocks, block, K]: k, to its end.
+    rows = (torch.stack((q, -beta_k), 2) * decay.unsqueeze(2)).unsqueeze(3)
     columns = k.unsqueeze(2)
-    scores = (q * k).sum(-1)[..., None, None]
+    scores = (q * k).sum(-1)[..., None, None]  # [M, blocks, block, block], as is the inverse
     inverse = torch.ones_like(scores)
     while decay.shape[1] > 1:
         size = columns.shape[2]
         earlier, later = slice(0, None, 2), slice(1, None, 2)
         cross = rows[:, later].flatten(2, 3) @ columns[:, earlier].mT
-        cross_scores, cross_A = cross[:, :, :size], cross[:, :, size:]
-        cross_inverse = -(inverse[:, later] @ cross_A @ inverse[:, earlier])
+        cross_scores, minus_A = cross[:, :, :size], cross[:, :, size:]
+        cross_inverse = inverse[:, later] @ minus_A @ inverse[:, earlier]
         scores = _block_lower(scores[:, earlier], cross_scores, scores[:, later])
         inverse = _block_lower(inverse[:, earlier], cross_inverse, inverse[:, later])
         rows = torch.cat((rows[:, earlier], rows[:, later] * decay[:, earlier, None, None]), 3)
         columns = torch.cat((columns[:, earlier] * decay[:, later, None], columns[:, later]), 2)
         decay = decay[:, earlier] * decay[:, later]
-    q_decayed, beta_k_decayed = rows[:, 0].unbind(1)
+    q_decayed, minus_beta_k = rows[:, 0].unbind(1)
     inverse = inverse[:, 0]
-    return q_decayed, inverse @ beta_k_decayed, inverse @ (beta * v), scores[:, 0], columns[:, 0], decay[:, 0]
+    readers = torch.cat((inverse @ minus_beta_k, q_decayed), 1)
+    return readers, inverse @ (beta * v), scores[:, 0], columns[:, 0], decay[:, 0]
 
 
 def chunked_kda(
@@ -107,18 +108,21 @@ def chunked_kda(
     beta: torch.Tensor,
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    output_states: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Chunked form of activated inputs: scaled q, k, log-decay g [B,T,HV,K], v [B,T,HV,V], beta [B,T,HV], one dtype.
 
-    Returns o [B,T,HV,V], the final states [N,HV,K,V], and the state at the start of every chunk [B,NT,HV,K,V].
-    Nothing is read on the host, so that packed sequences are processed in as many chunks as they could need at most.
+    Returns o [B,T,HV,V], the final states [N,HV,K,V], and with `output_states` those at the chunks' starts
+    [B,NT,HV,K,V]. Nothing is read on the host, so that packed sequences are processed in as many chunks as they could
+    need at most.
     """
     (batch, tokens, heads, K), V = k.shape, v.shape[-1]
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
     if initial_state is None:
         initial_state = k.new_zeros(sequences, heads, K, V)
     if batch * tokens * sequences * heads == 0:
-        return torch.zeros_like(v), initial_state.clone(), k.new_zeros(batch, chunks_of(tokens), heads, K, V)
+        states = k.new_zeros(batch, chunks_of(tokens), heads, K, V) if output_states else None
+        return torch.zeros_like(v), initial_state.clone(), states
 
     packed = None if cu_seqlens is None else chunk_map(cu_seqlens, tokens)
     if packed is None:
@@ -139,29 +143,34 @@ def chunked_kda(
         return x.reshape(-1, size, x.shape[-1])
 
     prepared = _prepare(*(to_chunks(x) for x in (q, k, v, g, beta.unsqueeze(-1))))
-    q_decayed, W, U, scores, k_decayed, decay = prepared
-    W, U, k_decayed, decay = (x.unflatten(0, (chunks, -1)) for x in (W, U, k_decayed, decay.unsqueeze(-1)))
+    readers, U, scores, k_decayed, decay = prepared
+    readers, U, k_decayed, decay = (x.unflatten(0, (chunks, -1)) for x in (readers, U, k_decayed, decay.unsqueeze(-1)))
 
     state = initial_state.flatten(0, 1) if packed is None else torch.zeros_like(initial_state[0])
     opening = None if packed is None else initial_state.index_select(0, packed.sequence)
-    before, after, corrections = [], [], []
+    before, after, read, corrections = [], [], [], []
+    # Few calls a chunk: each is short, and on a busy CPU the threads wait for each other at the end of every one.
     for i in range(chunks):
         if packed is not None and opening is not None:
             state = torch.where(packed.is_first[i], opening[i], state)
-        correction = torch.baddbmm(U[i], W[i], state, alpha=-1)
-        before.append(state)
-        state = torch.baddbmm(state * decay[i], k_decayed[i].mT, correction)
-        after.append(state)
+        from_W, from_q = (readers[i] @ state).chunk(2, 1)
+        correction = U[i] + from_W
+        if output_states:
+            before.append(state)
+        state = torch.addcmul(k_decayed[i].mT @ correction, state, decay[i])
+        if packed is not None:
+            after.append(state)
+        read.append(from_q)
         corrections.append(correction)
 
-    h = torch.stack(before)  # [NT, B * HV, K, V]
-    o = torch.baddbmm(q_decayed @ h.flatten(0, 1), scores, torch.stack(corrections).flatten(0, 1))
+    o = torch.baddbmm(torch.cat(read), scores, torch.cat(corrections))
+    states = torch.stack(before).unflatten(1, (-1, heads)).transpose(0, 1) if output_states else None
     if packed is None:
         o = o.view(chunks, batch, heads, size, V).permute(1, 0, 3, 2, 4).reshape(batch, -1, heads, V)[:, :tokens]
-        return o, state.unflatten(0, (batch, heads)), h.unflatten(1, (batch, heads)).transpose(0, 1)
+        return o, state.unflatten(0, (batch, heads)), states
 
     o = o.view(chunks, heads, size, V).transpose(1, 2).reshape(-1, heads, V)
     o = o.new_zeros(tokens + 1, heads, V).index_copy(0, packed.token, o)[:tokens].unsqueeze(0)
     final = torch.stack(after).index_select(0, packed.last)
     final = torch.where(packed.is_empty[:, None, None, None], initial_state, final)
-    return o, final, h.unsqueeze(0)
+    return o, final, states

@@ -94,11 +94,14 @@ def _stored(state: torch.Tensor, x: KDAInputs) -> torch.Tensor:
     return (state.mT if x.state_v_first else state).to(x.state_dtype).contiguous()
 
 
-def _chunk_forward(x: KDAInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The chunked form with its activations, differentiable: o, final state, states at the chunks' starts."""
+def _chunk_forward(x: KDAInputs, output_states: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The chunked form with its activations, differentiable: o, final state, and the states at the chunks' starts,
+    which are empty unless wanted."""
     activated = x.activated()
-    o, final_state, states = chunked.chunked_kda(*activated, x.key_first_state(activated[0].dtype), x.cu_seqlens)
-    return o.to(x.v.dtype), _stored(final_state, x), _stored(states, x)
+    state = x.key_first_state(activated[0].dtype)
+    o, final_state, states = chunked.chunked_kda(*activated, state, x.cu_seqlens, output_states)
+    final_state = _stored(final_state, x)
+    return o.to(x.v.dtype), final_state, final_state.new_empty(0) if states is None else _stored(states, x)
 
 
 def _recurrent_forward(x: KDAInputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,12 +128,8 @@ def _fake_state(x: KDAInputs, *leading: int) -> torch.Tensor:
 )
 def chunk_kda(*args: Any) -> Tensors:
     *inputs, output_final_state, output_states = args
-    o, final_state, states = _chunk_forward(KDAInputs(*inputs))
-    return (
-        o.contiguous(),
-        final_state if output_final_state else final_state.new_empty(0),
-        states if output_states else states.new_empty(0),
-    )
+    o, final_state, states = _chunk_forward(KDAInputs(*inputs), output_states)
+    return o.contiguous(), final_state if output_final_state else final_state.new_empty(0), states
 
 
 @register_fake("chunk_kda")
@@ -236,7 +235,7 @@ def kda_backward(*args: Any) -> Tensors:
     x = KDAInputs(*inputs)
 
     def forward(*leaves: Any) -> Tensors:
-        return _chunk_forward(KDAInputs._make((*leaves, *x[8:])))
+        return _chunk_forward(KDAInputs._make((*leaves, *x[8:])), output_states=grad_states.numel() > 0)
 
     return differentiate(forward, x.tensors, (grad_o, grad_final_state, grad_states), needs_grad)
 
