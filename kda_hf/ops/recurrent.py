@@ -11,11 +11,19 @@ def recurrent_kda(
     `state` is [B,HV,K,V] of that dtype, any strides. Returns o [B,T,HV,V] and the state after the last token. Not
     differentiable: the state is updated in place, after the first product has made it ours.
     """
-    rows = (x.transpose(1, 2).split(1, 2) for x in (q, k, v, g.exp(), beta.unsqueeze(-1)))  # each [B,HV,1,D]
+    (batch, tokens, heads, K), V = k.shape, v.shape[-1]
+
+    def rows(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[B,T,HV,D] → T tensors [B * HV, 1, D]"""
+        return x.transpose(1, 2).reshape(batch * heads, tokens, 1, x.shape[-1]).unbind(1)
+
+    per_token = (rows(x) for x in (q, k, v, g.exp(), beta.unsqueeze(-1)))
+    state = state.flatten(0, 1)
     outputs = []
-    for query, key, value, decay, b in zip(*rows, strict=True):
+    for query, key, value, decay, b in zip(*per_token, strict=True):
         state = state * decay.mT
-        u = (value - key @ state).mul_(b)
+        u = torch.baddbmm(value, key, state, alpha=-1).mul_(b)
         state.addcmul_(key.mT, u)
-        outputs.append(query @ state)
-    return torch.cat(outputs, 2).transpose(1, 2), state
+        outputs.append(torch.bmm(query, state))
+    o = torch.cat(outputs, 1).view(batch, heads, tokens, V).transpose(1, 2)
+    return o, state.view(batch, heads, K, V)
