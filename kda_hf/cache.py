@@ -108,7 +108,8 @@ class _History:
 
     `base` is the states before the first token kept. `mark` is the states at token `mark_position`, where the last
     block of several tokens begins: assisted decoding goes back into that block, and so runs a few tokens again and not
-    the whole history. `mark_position` 0 means no mark. All buffers have a fixed size.
+    the whole history. Decoding token by token sets it where `base` moves to when the buffers are full, which so needs
+    no token run again. `mark_position` 0 means no mark. All buffers have a fixed size.
 
     Args:
         capacity: number of tokens there is room for.
@@ -173,7 +174,9 @@ class _History:
     def start(self, states: States | None) -> None:
         """Starts over at the present `states`; None if no token was seen yet."""
         self.length = self.mark_position = 0
-        self.has_padding = False
+        if self.has_padding:
+            self.tokens[3].fill_(True)
+            self.has_padding = False
         self.base_is_empty = states is None
         if states is not None:
             self.allocate_states(states)
@@ -186,16 +189,15 @@ class _History:
 
     def append(self, replay: Replay, conv_inputs, g, beta, valid) -> None:
         """Adds a block of tokens."""
-        end = self.length + conv_inputs.shape[1]
-        for buffer, block in zip(self.tokens[:3], (conv_inputs, g, beta), strict=True):
-            buffer[:, self.length : end].copy_(block.detach())
-        if valid is None:
-            self.tokens[3][:, self.length : end] = True
-        else:
-            self.tokens[3][:, self.length : end].copy_(valid)
+        num_tokens = conv_inputs.shape[1]
+        for buffer, block in zip(self.tokens, (conv_inputs, g, beta), strict=False):
+            buffer.narrow(1, self.length, num_tokens).copy_(block.detach())
         self.has_padding |= valid is not None
+        if self.has_padding:  # until then, all tokens are valid as they stand
+            is_valid = self.tokens[3].narrow(1, self.length, num_tokens)
+            is_valid.fill_(True) if valid is None else is_valid.copy_(valid)
         self.replay = replay
-        self.length = end
+        self.length += num_tokens
 
     @torch.no_grad()
     def states_at(self, position: int) -> States | None:
@@ -434,7 +436,7 @@ class KDACacheLayer(_BatchInPlace, LinearAttentionLayer):
         else:
             if history.length + num_tokens > history.capacity:
                 history.drop_oldest(history.length - self.max_rollback)
-            if num_tokens > 1:
+            if num_tokens > 1 or history.length == self.max_rollback:
                 history.set_mark(self._states)
         history.append(replay, conv_inputs, g, beta, valid)
         self._is_recorded = True
