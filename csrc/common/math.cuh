@@ -52,6 +52,10 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   return y;
 }
 
+// The same in one instruction, for values whose NaN reaches the result by another way: this one may lose it. (The tensor
+// cores ignore the low 13 bits.)
+__device__ __forceinline__ uint32_t to_tf32_without_nan(float x) { return __float_as_uint(x) + 0x1000u; }
+
 // Pairs of 16-bit numbers in a register, the first in the low half. `Element` is __half or __nv_bfloat16.
 template <class Element>
 __device__ __forceinline__ uint32_t pack(float lo, float hi);

@@ -1,11 +1,11 @@
 // Tensor-core products on registers and shared memory: thin wrappers of CuTe's atoms that take register arrays.
 #pragma once
 
+#include <cutlass/bfloat16.h>
+#include <cutlass/half.h>
 #include <cute/arch/mma_sm80.hpp>
 #include <cute/arch/mma_sm90_desc.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
-#include <cutlass/bfloat16.h>
-#include <cutlass/half.h>
 
 #include "math.cuh"
 
@@ -26,6 +26,15 @@ __device__ __forceinline__ void mma_fp16(float (&c)[4], const uint32_t (&a)[4], 
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   cute::SM80_16x8x16_F32BF16BF16F32_TN::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2],
                                             c[3]);
+}
+
+template <class Element>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    mma_fp16(c, a, b0, b1);
+  } else {
+    mma_bf16(c, a, b0, b1);
+  }
 }
 
 __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -96,8 +105,9 @@ __device__ __forceinline__ void wgmma_ss(float (&c)[N / 2], uint64_t a, uint64_t
   detail::wgmma<Atom>(std::make_index_sequence<N / 2>{}, c, accumulate ? ScaleOut::One : ScaleOut::Zero, a, b);
 }
 
-template <size_t N>
-__device__ __forceinline__ void fence_registers(float (&c)[N]) {
+// Keeps the compiler from moving reads and writes of these registers across a point where WGMMA uses them.
+template <class T, size_t N>
+__device__ __forceinline__ void fence_registers(T (&c)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) cute::warpgroup_fence_operand(c[i]);
 }

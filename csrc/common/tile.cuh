@@ -1,11 +1,11 @@
 // Shared-memory tiles and the ways in and out of them.
 #pragma once
 
+#include <cutlass/arch/barrier.h>
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
-#include <cutlass/arch/barrier.h>
 
 #include "mma.cuh"
 
@@ -19,12 +19,23 @@ __device__ __forceinline__ int tile_offset(int row, int chunk) {
 
 __device__ __forceinline__ uint32_t smem_address(const void* p) { return cute::cast_smem_ptr_to_uint(p); }
 
-// The 16 × 16 block of rows first_row.. and columns 16 * column.. as four 8 × 8 matrices. As an A operand of m16n8k16
-// they are its four registers; as a B operand (a row per n), registers 0 and 2 are n = 0..7, registers 1 and 3 n = 8..15.
-__device__ __forceinline__ int block_offset(int first_row, int column) {
-  int lane = threadIdx.x & 31;
-  return tile_offset(first_row + (lane & 15), 2 * column + (lane >> 4));
-}
+// Where this lane's row of a 16 × 16 block of a tile lies, for load_matrices and store_matrices: four 8 × 8 matrices. As an
+// A operand of m16n8k16 they are its four registers; as a B operand (a row per n), registers 0 and 2 are n = 0..7,
+// registers 1 and 3 n = 8..15.
+class BlockAddress {
+ public:
+  __device__ __forceinline__ BlockAddress() {
+    int lane = threadIdx.x & 31;
+    base = (lane & 15) * kRowBytes + (((lane >> 4) ^ (lane & 7)) << 4);
+  }
+  // Rows 16 * row_block.. and columns 16 * column_block.. of the tile.
+  __device__ __forceinline__ int operator()(int row_block, int column_block) const {
+    return (base ^ (column_block & 3) << 5) + (column_block >> 2) * kHalfBytes + row_block * 16 * kRowBytes;
+  }
+
+ private:
+  int base;
+};
 
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const char* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -46,10 +57,9 @@ __device__ __forceinline__ void store_matrices(char* p, uint32_t r0, uint32_t r1
                : "memory");
 }
 
-__device__ __forceinline__ void store_matrices_transposed(char* p, uint32_t r0, uint32_t r1, uint32_t r2,
-                                                          uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(p)),
-               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+__device__ __forceinline__ void store_matrices_transposed(char* p, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(p)), "r"(r0),
+               "r"(r1), "r"(r2), "r"(r3)
                : "memory");
 }
 
@@ -61,6 +71,9 @@ __device__ __forceinline__ void copy_async_16(char* destination, const void* sou
 }
 
 __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Has the 128-byte line on its way to L2.
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Orders this thread's writes to shared memory before later reads by the tensor cores or the copy engine.
 __device__ __forceinline__ void fence_async_proxy() { cutlass::arch::fence_view_async_shared(); }
@@ -78,5 +91,11 @@ __device__ __forceinline__ void bulk_store_commit() { cute::tma_store_arrive(); 
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+
+// Programmatic dependent launch: lets the next kernel of the stream start as soon as this one leaves room for it, and
+// there waits until this one has ended and its writes are visible.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 }  // namespace kda

@@ -1,0 +1,66 @@
+// Launches the two prefill kernels for one element type.
+#pragma once
+
+#include <atomic>
+
+#include "prepare.cuh"
+#include "recurrence.cuh"
+
+namespace kda {
+
+// Allows `Kernel` its dynamic shared memory, once a device.
+template <auto Kernel>
+cudaError_t allow_shared_memory(int bytes) {
+  static std::atomic<uint64_t> allowed{0};  // a bit a device
+  int device;
+  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const uint64_t bit = uint64_t{1} << (device & 63);
+  if (allowed.load(std::memory_order_relaxed) & bit) return cudaSuccess;
+  cudaError_t error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess && device < 64) allowed.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+
+// With `overlap`, the kernel may start while the one before it is still running (programmatic dependent launch).
+template <auto Kernel>
+cudaError_t launch(const PrefillParams& params, int64_t ctas, int threads, int smem_bytes, bool overlap,
+                   cudaStream_t stream) {
+  if (cudaError_t error = allow_shared_memory<Kernel>(smem_bytes); error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(ctas));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, Kernel, params);
+}
+
+template <class Element, int K, Gate kGate>
+cudaError_t launch_prepare(const PrefillParams& params, cudaStream_t stream) {
+  const int64_t records = slots(params) * params.HV;
+  if (params.g_dtype == DType::kFP32)
+    return launch<prepare<Element, K, kGate, true>>(params, records, kPrepareThreads, PrepareSmem<K, true>::kBytes,
+                                                    false, stream);
+  return launch<prepare<Element, K, kGate, false>>(params, records, kPrepareThreads, PrepareSmem<K, false>::kBytes,
+                                                   false, stream);
+}
+
+template <class Element, int K>
+cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream) {
+  cudaError_t error = params.gate == Gate::kSafe       ? launch_prepare<Element, K, Gate::kSafe>(params, stream)
+                      : params.gate == Gate::kSoftplus ? launch_prepare<Element, K, Gate::kSoftplus>(params, stream)
+                                                       : launch_prepare<Element, K, Gate::kNone>(params, stream);
+  if (error != cudaSuccess) return error;
+  // With few chains, more SMs serve one: 64 value channels each.
+  const int64_t chains = static_cast<int64_t>(params.N) * params.HV;
+  if (params.V == 128 && 2 * chains > params.num_sms)
+    return launch<recurrence<Element, K, 2>>(params, chains, 384, RecurrenceSmem<K, 2>::kBytes, true, stream);
+  return launch<recurrence<Element, K, 1>>(params, chains * (params.V / 64), 256, RecurrenceSmem<K, 1>::kBytes, true,
+                                           stream);
+}
+
+}  // namespace kda

@@ -1,0 +1,97 @@
+// What `prepare` hands to `recurrence`: one record for each chunk of 64 tokens and value head, in global memory.
+#pragma once
+
+#include "api/prefill.h"
+#include "common/tile.cuh"
+
+namespace kda {
+
+constexpr int kChunk = 64;  // tokens
+constexpr int kBlock = 16;  // tokens of a diagonal block, one warp's rows
+
+// With G the log-decay summed from the start of the chunk, and k^, q^ of unit length (k = n k^, q = m q^):
+//
+//   A_ij = β_i n_i² Σ_d k^_id k^_jd e^(G_id - G_jd)  (j < i)         X = (I + A)^-1
+//   W = X diag(β n²) (k^ ∘ e^G)     U = X diag(β n) V     Kr = k^ ∘ e^(G_last - G)
+//   Q = q^ ∘ e^G                    P_ij = Σ_d q^_id k^_jd e^(G_id - G_jd)  (j ≤ i)
+//
+// and the recurrence, for a state S [V, K], is
+//
+//   Ũ = U - W Sᵀ       O = diag(scale m) (Q Sᵀ + P Ũ)       S ← S ∘ e^(G_last) + Ũᵀ Kr
+//
+// All but U is at most about 1 in magnitude whatever the inputs are, so that fp16 holds it with 11 bits. U is as large
+// as v: it is stored in fp16 with an exponent for each 16 rows of Uᵀ.
+//
+// Matrices with tokens as rows are WGMMA tiles (common/tile.cuh). Uᵀ is in the order of the accumulators of a 64 × 64
+// product: for each 64 value channels, [4][128 threads][8 halves].
+template <int K>
+struct Record {
+  static constexpr int kMatrixBytes = kChunk * K * 2;
+  static constexpr int kUHalfBytes = 64 * kChunk * 2;
+
+  // Read by the warpgroup that carries the state.
+  static constexpr int kW = 0;
+  static constexpr int kKr = kW + kMatrixBytes;
+  static constexpr int kDecay = kKr + kMatrixBytes;    // float [K]: e^(G_last), in the order of `decay_index`
+  static constexpr int kExponents = kDecay + K * 4;    // int [2][4]: of 16 rows of Uᵀ
+  static constexpr int kStateBytes = kExponents + 32;  // up to here
+  static constexpr int kU = kDecay + 1024;
+
+  // Read by the warpgroup that makes the output.
+  static constexpr int kQ = kU + 2 * kUHalfBytes;
+  static constexpr int kP = kQ + kMatrixBytes;
+  static constexpr int kScale = kP + kChunk * kChunk * 2;  // float [64]: scale m
+  static constexpr int kOutputBytes = kScale + kChunk * 4 - kQ;
+
+  static constexpr int kBytes = kScale + 1024;
+};
+
+// Channel 8 i + 2 t + e belongs to lane t of a quad. The quads' loads of 16 bytes are to be contiguous.
+__device__ __forceinline__ int decay_index(int channel) {
+  int own = channel / 8 * 2 + (channel & 1), t = channel / 2 % 4;
+  return own / 4 * 16 + t * 4 + own % 4;
+}
+
+// Where a sequence lies: its tokens, and its first record.
+struct Sequence {
+  int batch, start, length, first_slot;
+};
+
+__device__ __forceinline__ int chunks_of(int tokens) { return (tokens + kChunk - 1) / kChunk; }
+
+__device__ __forceinline__ int bound(const PrefillParams& p, int n) {
+  int64_t value = p.cu_seqlens_is_int64 ? static_cast<const int64_t*>(p.cu_seqlens)[n]
+                                        : static_cast<const int32_t*>(p.cu_seqlens)[n];
+  return static_cast<int>(min(max(value, int64_t{0}), static_cast<int64_t>(p.T)));
+}
+
+// Sequence n begins at slot start / 64 + n: without a look at the other sequences, no two of them share a slot, and
+// T / 64 + N slots are enough.
+__device__ __forceinline__ Sequence sequence(const PrefillParams& p, int n) {
+  if (p.cu_seqlens == nullptr) return {n, 0, p.T, n * chunks_of(p.T)};
+  int start = bound(p, n), end = bound(p, n + 1);
+  return {0, start, max(end - start, 0), start / kChunk + n};
+}
+
+__host__ __device__ inline int64_t slots(const PrefillParams& p) {
+  return p.cu_seqlens == nullptr ? static_cast<int64_t>(p.B) * ((p.T + kChunk - 1) / kChunk)
+                                 : static_cast<int64_t>(p.T) / kChunk + p.N;
+}
+
+// The sequence that slot `slot` belongs to, if any does.
+__device__ __forceinline__ int sequence_of_slot(const PrefillParams& p, int slot) {
+  if (p.cu_seqlens == nullptr) return slot / chunks_of(p.T);
+  int lo = 0, hi = p.N;  // the first slot of lo is ≤ slot, that of hi is not
+  while (hi - lo > 1) {
+    int middle = (lo + hi) / 2;
+    (bound(p, middle) / kChunk + middle <= slot ? lo : hi) = middle;
+  }
+  return lo;
+}
+
+template <int K>
+__device__ __forceinline__ char* record(const PrefillParams& p, int slot, int head) {
+  return static_cast<char*>(p.workspace) + (static_cast<int64_t>(slot) * p.HV + head) * Record<K>::kBytes;
+}
+
+}  // namespace kda
