@@ -177,11 +177,15 @@ def test_lengths_gates_widths_dtypes(T, gate, widths, dtype):
 @pytest.mark.parametrize("state_v_first", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("beta", ["given", "sigmoid", "twice sigmoid"])
-@pytest.mark.parametrize("gate", ["given", "given fp32", "safe", "softplus"])
-@pytest.mark.parametrize("parameters", ["A_log, dt_bias", "A_log", "dt_bias", ""])
+@pytest.mark.parametrize(
+    ("gate", "parameters"),
+    [
+        ("given", ""),
+        ("given fp32", ""),
+        *itertools.product(("safe", "softplus"), ("A_log, dt_bias", "A_log", "dt_bias", "")),
+    ],
+)
 def test_flags(parameters, gate, beta, norm, state_v_first, state):
-    if gate.startswith("given") and parameters:
-        pytest.skip("a given log-decay has no parameters")
     inputs = arguments(1, 130, 2, 4, 128, 64, "softplus" if gate == "softplus" else "bimodal", state=state)
     for name in ("A_log", "dt_bias"):
         if name not in parameters:
@@ -832,16 +836,16 @@ def test_environment(monkeypatch):
     inputs = arguments()
     ours = kernel(inputs)[0]
     assert torch.equal(ops.chunk_kda(**inputs)[0], ours)
-    torchs = ops.chunk_kda(**inputs, backend="torch")[0]
-    assert not torch.equal(torchs, ours)
+    torchs = ops.chunk_kda(**inputs, backend="torch")[0].double()
+    assert error(ours, torchs) > 5e-4  # fp32 and bf16 inside: told apart by their rounding
     for variable, value in (("KDA_HF_BACKEND", "torch"), ("FLA_FLASH_KDA", "0")):
         with monkeypatch.context() as patch:
             patch.setenv(variable, value)
             patch.setattr(backends.fla, "VERSION", None)
-            assert torch.equal(ops.chunk_kda(**inputs)[0], torchs)
+            assert error(ops.chunk_kda(**inputs)[0], torchs) < 1e-4
             call = fwd_arguments(inputs)
             ops.fwd(**call)
-            assert torch.equal(call["out"], torchs)
+            assert error(call["out"], torchs) < 1e-4
     monkeypatch.setenv("FLA_FLASH_KDA", "0")
     with pytest.raises(RuntimeError, match="FLA_FLASH_KDA=0"):
         kernel(inputs)
