@@ -1,8 +1,14 @@
-"""Times the PyTorch operators on the CPU against the PyTorch path of transformers' `kimi_linear`, in one run."""
+"""Times the PyTorch backend on the CPU against the PyTorch path of transformers' `kimi_linear`, in one run.
+
+Three comparisons: `chunk_kda` over a prompt, `recurrent_kda` over one token, and a whole layer over one token with its
+cache. Both sides take turns, so that what else runs on the machine slows both.
+"""
 
 import argparse
 import datetime
+import functools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -12,9 +18,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
+from transformers import DynamicCache
 from transformers.models.kimi_linear import modeling_kimi_linear
+from transformers.models.kimi_linear.configuration_kimi_linear import KimiLinearConfig
 
-from kda_hf import ops
+from kda_hf import KDACache, KDAConfig, KimiDeltaAttention, ops
+
+
+THEIRS, OURS = "transformers", "kda_hf"
 
 
 def medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -37,6 +49,33 @@ def inputs(args: argparse.Namespace, tokens: int) -> tuple[torch.Tensor, ...]:
     return q, k, torch.randn(shape), 2 * args.decay * torch.rand(shape), torch.rand(shape[:-1])
 
 
+def layer_steps(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
+    """A cached token through transformers' layer and through ours: softplus gate, random weights, hidden size H · K."""
+    hidden = args.heads * args.dim
+    fields = {
+        "hidden_size": hidden,
+        "num_hidden_layers": 1,
+        "layer_types": ["linear_attention"],
+        "linear_num_heads": args.heads,
+        "linear_head_dim": args.dim,
+    }
+    config = KDAConfig(**fields, linear_lower_bound=None)
+    native_config = KimiLinearConfig(**fields, mlp_layer_types=["dense"])
+    native, native_cache = (
+        modeling_kimi_linear.KimiLinearDeltaAttention(native_config, 0),
+        DynamicCache(config=native_config),
+    )
+    ours, our_cache = KimiDeltaAttention(config, 0), KDACache(config)
+    for parameter in (*native.parameters(), *ours.parameters()):
+        torch.nn.init.normal_(parameter, std=0.02)
+    # transformers renamed the argument, so it gets its cache by position.
+    steps = {THEIRS: lambda x: native(x, native_cache), OURS: lambda x: ours(x, past_key_values=our_cache)}
+    for step in steps.values():
+        step(torch.randn(args.batch, 8, hidden))
+    token = torch.randn(args.batch, 1, hidden)
+    return {name: functools.partial(step, token) for name, step in steps.items()}
+
+
 def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -45,7 +84,9 @@ def processor() -> str:
 
 def commit() -> str:
     root = Path(__file__).parents[1]
-    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=root, capture_output=True, text=True
+    )
     return run.stdout.strip() if run.returncode == 0 else "unknown"
 
 
@@ -66,38 +107,43 @@ def main() -> None:
 
     prompt, token = inputs(args, args.tokens), inputs(args, 1)
     state = torch.randn(args.batch, args.heads, args.dim, args.dim)
-    theirs, ours = "transformers", "kda_hf"
-    prefill = medians(
-        {
-            theirs: lambda: modeling_kimi_linear.chunk_kimi_delta_attention(*prompt, output_final_state=True),
-            ours: lambda: ops.chunk_kda(*prompt, output_final_state=True),
-        },
-        args.repeats,
-    )
-    decode = medians(
-        {
-            theirs: lambda: modeling_kimi_linear.recurrent_kimi_delta_attention(*token, state, True),
-            ours: lambda: ops.recurrent_kda(*token, initial_state=state, output_final_state=True),
-        },
-        100 * args.repeats,
-    )
+    load = os.getloadavg()[0]
+    seconds = {
+        "prefill": medians(
+            {
+                THEIRS: lambda: modeling_kimi_linear.chunk_kimi_delta_attention(*prompt, output_final_state=True),
+                OURS: lambda: ops.chunk_kda(*prompt, output_final_state=True),
+            },
+            args.repeats,
+        ),
+        "decode step of the operator": medians(
+            {
+                THEIRS: lambda: modeling_kimi_linear.recurrent_kimi_delta_attention(*token, state, True),
+                OURS: lambda: ops.recurrent_kda(*token, initial_state=state, output_final_state=True),
+            },
+            100 * args.repeats,
+        ),
+        "decode step of a layer": medians(layer_steps(args), 100 * args.repeats),
+    }
     device = f"{processor()}, {args.threads} threads"
-    print(f"{device}; fp32, B={args.batch} T={args.tokens} H={args.heads} K=V={args.dim}, medians")
-    print(f"prefill: transformers {prefill[theirs] * 1e3:.1f} ms, kda_hf {prefill[ours] * 1e3:.1f} ms, ", end="")
-    print(f"{prefill[theirs] / prefill[ours]:.1f} times faster")
-    print(f"decode step: transformers {decode[theirs] * 1e6:.0f} µs, kda_hf {decode[ours] * 1e6:.0f} µs, ", end="")
-    print(f"{decode[theirs] / decode[ours]:.1f} times faster")
+    print(f"{device}; fp32, B={args.batch} T={args.tokens} H={args.heads} K=V={args.dim}, medians; ", end="")
+    print(f"load average at the start {load:.1f}")
+    for name, times in seconds.items():
+        print(f"{name}: transformers {times[THEIRS] * 1e3:.3f} ms, kda_hf {times[OURS] * 1e3:.3f} ms, ", end="")
+        print(f"{times[THEIRS] / times[OURS]:.2f} times faster")
     if args.json:
         results = {
             "device": device,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
             "commit": commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "load_average": load,
             "options": {name: value for name, value in vars(args).items() if name != "json"},
-            "prefill_seconds": prefill,
-            "prefill_ratio": prefill[theirs] / prefill[ours],
-            "decode_seconds": decode,
-            "decode_ratio": decode[theirs] / decode[ours],
+            "seconds": seconds,
+            "ratios": {name: times[THEIRS] / times[OURS] for name, times in seconds.items()},
         }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
