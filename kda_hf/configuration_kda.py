@@ -68,7 +68,7 @@ class KDAConfig(PreTrainedConfig):
     """
 
     model_type = "kda_hf"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     # The KDA core mixes all channels of a head through one state, and its convolutions are per channel: each rank keeps
     # it whole, and the projections around it, where the weights are, are split.

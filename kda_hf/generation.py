@@ -1,17 +1,51 @@
-"""What `generate()` needs beyond transformers."""
+"""What `generate()` needs beyond transformers, and the two names that transformers has for the cache."""
 
-from transformers import DynamicCache, StaticCache
+import functools
+from typing import Any
+
+from transformers import DynamicCache, GenerationMixin, StaticCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cache import KDADynamicCache, KDAStaticCache
 
 
-class KDAGenerationMixin:
+# How this version of transformers names the cache, as an argument and in outputs: "cache" from 5.24 on.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def _rename_cache(kwargs: dict[str, Any], new_name: str) -> dict[str, Any]:
+    """`kwargs` with the cache, if there is one under either name, under `new_name`."""
+    renamed = dict(kwargs)
+    caches = [renamed.pop(name) for name in ("past_key_values", "cache") if name in kwargs]
+    given = [cache for cache in caches if cache is not None]
+    if len(given) > 1:
+        raise ValueError("`past_key_values` and `cache` are two names of the same argument: give one of them")
+    return renamed | ({new_name: given[0]} if given else {})
+
+
+def takes_cache(forward):
+    """Lets a method with an argument `past_key_values` take it as `cache` too, on any version of transformers."""
+
+    @functools.wraps(forward)
+    def renamed(self, *args, **kwargs):
+        if "cache" in kwargs:
+            kwargs = _rename_cache(kwargs, "past_key_values")
+        return forward(self, *args, **kwargs)
+
+    return renamed
+
+
+class KDAGenerationMixin(GenerationMixin):
     """Gives `generate()` a [`KDACache`] wherever it would make one of transformers' own."""
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        return super().generate(*args, **_rename_cache(kwargs, CACHE_NAME))
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        made = model_kwargs.get("past_key_values")
+        made = model_kwargs.get(CACHE_NAME)
         if given is None and isinstance(made, (DynamicCache, StaticCache)):
             # Nothing rolls this cache back unless decoding is assisted, which calls `activate_past_recording`. A static
             # cache of transformers that has KDA layers alone knows no length.
@@ -24,5 +58,43 @@ class KDAGenerationMixin:
             )
             if generation_config.is_assistant:
                 cache.activate_past_recording()
-            model_kwargs["past_key_values"] = cache
+            model_kwargs[CACHE_NAME] = cache
         return result
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        """Feeds the part of the prompt that the cache has not seen, `prefill_chunk_size` tokens at a time.
+
+        transformers' own method feeds tokens twice that a passed cache holds: 5.17 if it feeds in chunks, 5.24 if no
+        layer has attention, and both if chunks are embeddings.
+        """
+        cache, chunk_size = model_kwargs.get(CACHE_NAME), generation_config.prefill_chunk_size
+        if cache is None and chunk_size is not None:
+            raise ValueError(f"`prefill_chunk_size` needs a cache, but `use_cache` is {generation_config.use_cache}")
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
+        prompt = input_ids if embeds is None else embeds
+        mask = model_kwargs.get("attention_mask")
+        # A mask of ones is dropped by then, except for its length.
+        covered = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+        if embeds is not None or covered == prompt.shape[1]:  # else the caller gave the new tokens alone
+            if seen >= prompt.shape[1]:
+                raise ValueError(
+                    f"The prompt has {prompt.shape[1]} tokens, but the cache has seen {seen} already. Give the whole "
+                    "sequence, or new tokens and an `attention_mask` that covers the cached ones too."
+                )
+            prompt = prompt[:, seen:]
+
+        outputs, still_to_come = None, prompt.shape[1]
+        for chunk in prompt.split(chunk_size or prompt.shape[1], dim=1):
+            still_to_come -= chunk.shape[1]
+            chunk_kwargs = dict(model_kwargs)
+            for name in ("attention_mask", "position_ids"):
+                if (columns := model_kwargs.get(name)) is not None:
+                    chunk_kwargs[name] = columns[..., : columns.shape[-1] - still_to_come]
+            if embeds is not None:
+                chunk_kwargs["inputs_embeds"] = chunk
+            inputs = self.prepare_inputs_for_generation(
+                chunk if embeds is None else input_ids, is_first_iteration=is_first_iteration, **chunk_kwargs
+            )
+            outputs = self(**inputs, return_dict=True)
+        return outputs

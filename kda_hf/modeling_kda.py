@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache import KDACache, KDACacheLayer
 from .configuration_kda import KDAConfig
-from .generation import KDAGenerationMixin
+from .generation import CACHE_NAME, KDAGenerationMixin, takes_cache
 from .ops import causal_conv1d, chunk_kda, recurrent_kda
 
 
@@ -99,6 +99,7 @@ class KimiDeltaAttention(nn.Module):
         width = self.conv_kernel_size
         return nn.Conv1d(channels, channels, width, groups=channels, padding=width - 1, bias=False)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -348,6 +349,7 @@ class KDADecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -375,7 +377,7 @@ class KDAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["KDADecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -437,6 +439,7 @@ class KDAModel(KDAPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -500,7 +503,7 @@ class KDAModel(KDAPreTrainedModel):
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
+                CACHE_NAME: past_key_values,
                 "position_ids": position_ids,
             }
             masks = {"linear_attention": create_recurrent_attention_mask(**mask_kwargs)}
@@ -515,14 +518,14 @@ class KDAModel(KDAPreTrainedModel):
                 attention_mask=masks[layer.layer_type],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 cu_seqlens=cu_seqlens,
+                **{CACHE_NAME: past_key_values},  # gradient checkpointing takes it away by this name
                 **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE_NAME: past_key_values if use_cache else None},
         )
 
 
@@ -534,7 +537,7 @@ def _packed_position_ids(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
     return (positions - starts[sequence]).unsqueeze(0)
 
 
-class KDAForCausalLM(KDAPreTrainedModel, KDAGenerationMixin, GenerationMixin):
+class KDAForCausalLM(KDAPreTrainedModel, KDAGenerationMixin):
     """[`KDAModel`] with a language modeling head; what `AutoModelForCausalLM` loads for `model_type: kda_hf`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -548,6 +551,7 @@ class KDAForCausalLM(KDAPreTrainedModel, KDAGenerationMixin, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -589,7 +593,7 @@ class KDAForCausalLM(KDAPreTrainedModel, KDAGenerationMixin, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

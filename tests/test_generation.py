@@ -133,6 +133,61 @@ def test_inputs_embeds(model):
     torch.testing.assert_close(output, model.generate(ids)[:, 11:])
 
 
+@pytest.mark.parametrize("chunk", [None, 3, 64])
+@pytest.mark.parametrize("given", ["the whole sequence", "new tokens", "embeddings"])
+@pytest.mark.parametrize("padding", [0, 5])
+@torch.no_grad()
+def test_going_on_from_a_cached_prefix(model, given, chunk, padding):
+    ids = prompt(model, batch=2, length=20)
+    mask = torch.ones_like(ids)
+    ids[0, :padding] = mask[0, :padding] = 0
+    expected = model.generate(ids, attention_mask=mask)[:, 20:]
+    cache, position_ids = KDACache(model.config), (mask.cumsum(1) - 1).clamp_min(0)
+    model(ids[:, :9], attention_mask=mask[:, :9], position_ids=position_ids[:, :9], past_key_values=cache)
+    inputs = {"attention_mask": mask, "past_key_values": cache, "prefill_chunk_size": chunk}
+    if given == "embeddings":
+        output = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **inputs)
+    elif given == "new tokens":
+        output = model.generate(ids[:, 9:], **inputs)[:, 11:]
+    else:
+        output = model.generate(ids, **inputs)[:, 20:]
+    torch.testing.assert_close(output, expected)
+
+
+def test_a_prompt_that_the_cache_has_seen_already(model):
+    cache, ids = KDACache(model.config), prompt(model)
+    model.generate(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="The prompt has 11 tokens, but the cache has seen 34 already"):
+        model.generate(ids, past_key_values=cache)
+
+
+def test_chunks_need_a_cache(model):
+    with pytest.raises(ValueError, match="`prefill_chunk_size` needs a cache"):
+        model.generate(prompt(model), prefill_chunk_size=4, use_cache=False)
+
+
+@torch.no_grad()
+def test_the_cache_goes_by_either_name(model):
+    """`past_key_values`, and `cache`, as transformers calls it from 5.24 on."""
+    ids = prompt(model)
+    outputs = []
+    for name in ("past_key_values", "cache"):
+        cache = KDACache(model.config)
+        logits = [m(ids, **{name: cache})[0] for m in (model, model.model)]
+        assert cache.get_seq_length() == 22
+        layer = model.model.layers[0]
+        hidden, masks = model.get_input_embeddings()(ids), {"attention_mask": None, "position_ids": None}
+        logits += [layer(hidden, **masks, **{name: cache}), layer.linear_attn(hidden, **{name: cache})]
+        cache.reset()
+        outputs.append((*logits, model.generate(ids, **{name: cache})))
+        assert cache.get_seq_length() == 11 + NEW - 1
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="`past_key_values` and `cache`"):
+        model(ids, past_key_values=cache, cache=cache)
+    with pytest.raises(ValueError, match="`past_key_values` and `cache`"):
+        model.generate(ids, past_key_values=cache, cache=cache)
+
+
 @pytest.mark.parametrize("max_rollback", [0, 64])
 def test_conversation_with_a_passed_cache(model, max_rollback):
     cache = KDACache(model.config, max_rollback=max_rollback)
