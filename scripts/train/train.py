@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train `kda-hf-tiny` from scratch on one GPU, and export it with its tokenizer.
 
-    python scripts/train/train.py --data .data --out models/kda-hf-tiny --minutes 8.5
+    python scripts/train/train.py --data .data --out models/kda-hf-tiny --minutes 7.8 --fast-start
     python scripts/train/train.py --data .data --out /tmp/try --device cpu --smoke          # a few steps of a toy model
 
 `--data` holds what `prepare_corpus.py` and `train_tokenizer.py` wrote: `train.bin`, `heldout.bin`, `tokenizer/`. With
