@@ -138,7 +138,7 @@ class KimiDeltaAttention(nn.Module):
         conv_inputs = torch.cat(
             [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], dim=-1
         )
-        g = self.f_b_proj(self.f_a_proj(hidden_states)).unflatten(-1, (self.num_value_heads, self.head_dim))
+        g = self.f_b_proj(self.f_a_proj(hidden_states)).view(batch, length, self.num_value_heads, self.head_dim)
         beta = self.b_proj(hidden_states)
 
         if past_key_values is None:
@@ -198,12 +198,13 @@ class KimiDeltaAttention(nn.Module):
         if output_final_state and valid is not None:
             new_conv_state = self._last_inputs(conv_inputs, conv_state, valid.sum(1))
 
+        batch, length = mixed.shape[:2]
         q, k, v = mixed.split(self.qkv_dims, dim=-1)
-        kda = recurrent_kda if conv_inputs.shape[1] == 1 else chunk_kda
+        kda = recurrent_kda if length == 1 else chunk_kda
         output, new_recurrent_state = kda(
-            q.unflatten(-1, (self.num_heads, self.head_dim)),
-            k.unflatten(-1, (self.num_heads, self.head_dim)),
-            v.unflatten(-1, (self.num_value_heads, self.value_head_dim)),
+            q.view(batch, length, self.num_heads, self.head_dim),
+            k.view(batch, length, self.num_heads, self.head_dim),
+            v.view(batch, length, self.num_value_heads, self.value_head_dim),
             g,
             beta,
             initial_state=recurrent_state,
@@ -255,15 +256,16 @@ class KimiDeltaAttention(nn.Module):
 
         # A layer that can be cropped keeps the inputs of its last tokens and the state before them. A long block is
         # run in two parts, so that this state is at hand and what is kept has a bound.
-        head = max(0, length - layer.max_rollback) if records else 0
+        inputs = (conv_inputs, g, beta, valid)
+        blocks = [inputs]
+        if records and length > layer.max_rollback:
+            parts = (slice(0, length - layer.max_rollback), slice(length - layer.max_rollback, length))
+            blocks = [tuple(None if x is None else x[:, part] for x in inputs) for part in parts]
         outputs = []
-        for block in (slice(0, head), slice(head, length)):
-            if block.start == block.stop:
-                continue
-            inputs = (conv_inputs[:, block], g[:, block], beta[:, block], None if valid is None else valid[:, block])
-            output, *states = self.mix(*inputs, *states, cu_seqlens, output_final_state=True)
-            if records and block.stop == length:
-                layer.record(self._replay, *inputs)
+        for block in blocks:
+            output, *states = self.mix(*block, *states, cu_seqlens, output_final_state=True)
+            if records and block is blocks[-1]:
+                layer.record(self._replay, *block)
             cache.update_conv_state(states[0], self.layer_idx)
             cache.update_recurrent_state(states[1], self.layer_idx)
             outputs.append(output)
