@@ -65,6 +65,7 @@ def backend_in_use(model) -> str:
     config = model.config
     if not isinstance(config, kda_hf.KDAConfig):
         return f"{config.model_type}, on its own operators"
+    assert config.linear_value_head_dim is not None  # KDAConfig has filled it in
     report = kda_hf.ops.backend_report(
         device=model.device, dtype=model.dtype, K=config.linear_head_dim, V=config.linear_value_head_dim
     )
@@ -96,10 +97,9 @@ def chat(args):
     model, tokenizer = load(args)
     cache, history = kda_hf.KDACache(model.config, max_rollback=0), []
     session = Path(args.session) if args.session else None
-    tokens = session.with_suffix(".json") if session else None
     if session and session.exists():
         cache = kda_hf.KDACache.load(session, model.config, device=model.device)
-        history = json.loads(tokens.read_text())["input_ids"]
+        history = json.loads(session.with_suffix(".json").read_text())["input_ids"]
         print(f"[goes on after {len(history)} tokens]")
     print("[an empty line ends the conversation]")
     while True:
@@ -121,6 +121,7 @@ def chat(args):
         history = output[0].tolist()
     if session and history:
         cache.save(session)
+        tokens = session.with_suffix(".json")
         tokens.write_text(json.dumps({"input_ids": history}))
         print(f"[saved: {session}, {tokens}]")
 

@@ -151,6 +151,8 @@ class KDAConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Checks that the fields fit together. Runs whenever a configuration is made."""
         super().validate_architecture()
+        assert self.layer_types is not None and self.linear_num_value_heads is not None
+        assert self.num_key_value_heads is not None
         positive = (
             "vocab_size",
             "hidden_size",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,6 +61,8 @@ class KimiDeltaAttention(nn.Module):
 
     def __init__(self, config: KDAConfig, layer_idx: int):
         super().__init__()
+        # KDAConfig has filled in what was left out
+        assert config.linear_num_value_heads is not None and config.linear_value_head_dim is not None
         self.layer_idx = layer_idx
         self.num_heads = config.linear_num_heads
         self.num_value_heads = config.linear_num_value_heads
@@ -176,7 +179,7 @@ class KimiDeltaAttention(nn.Module):
         Returns:
             The output `[B, T, HV, V]`, and the convolution and recurrent states after these tokens, or `None`s.
         """
-        order = None
+        order = padding = None
         if valid is not None:
             # Padding goes behind the tokens, wherever it was: there no convolution window and no state meets it. Its β
             # and g logits close both gates, β = 0 and decay 1, so that it passes through the recurrence unnoticed.
@@ -219,7 +222,8 @@ class KimiDeltaAttention(nn.Module):
             allow_neg_eigval=self.allow_neg_eigval,
             cu_seqlens=cu_seqlens,
         )
-        if order is not None:
+        assert output is not None
+        if order is not None and padding is not None:
             output = output.masked_fill(padding[..., None, None], 0.0)
             output = torch.zeros_like(output).scatter(1, order[..., None, None].expand_as(output), output)
         return output, new_conv_state, new_recurrent_state
@@ -243,31 +247,36 @@ class KimiDeltaAttention(nn.Module):
         valid: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
     ) -> torch.Tensor:
-        layer = cache.layers[self.layer_idx]
+        layer: Any = cache.layers[self.layer_idx]  # ours, or one for recurrent states from another cache
         length = conv_inputs.shape[1]
         records = isinstance(layer, KDACacheLayer) and layer.records and cu_seqlens is None
 
-        states = (None, None)
+        conv_state: Any = None
+        recurrent_state: Any = None
         if cache.has_previous_state(self.layer_idx):
-            states = (layer.conv_states[0], layer.recurrent_states[0])
+            conv_state, recurrent_state = layer.conv_states[0], layer.recurrent_states[0]
             if torch.is_grad_enabled():
                 # The update below writes to the cached tensors, which autograd needs as they are now
-                states = tuple(state.clone() for state in states)
+                conv_state, recurrent_state = conv_state.clone(), recurrent_state.clone()
 
         # A layer that can be cropped keeps the inputs of its last tokens and the state before them. A long block is
         # run in two parts, so that this state is at hand and what is kept has a bound.
-        inputs = (conv_inputs, g, beta, valid)
-        blocks = [inputs]
+        blocks = [(conv_inputs, g, beta, valid)]
         if records and length > layer.max_rollback:
             parts = (slice(0, length - layer.max_rollback), slice(length - layer.max_rollback, length))
-            blocks = [tuple(None if x is None else x[:, part] for x in inputs) for part in parts]
+            blocks = [
+                (conv_inputs[:, part], g[:, part], beta[:, part], None if valid is None else valid[:, part])
+                for part in parts
+            ]
         outputs = []
         for block in blocks:
-            output, *states = self.mix(*block, *states, cu_seqlens, output_final_state=True)
+            output, conv_state, recurrent_state = self.mix(
+                *block, conv_state, recurrent_state, cu_seqlens, output_final_state=True
+            )
             if records and block is blocks[-1]:
                 layer.record(self._replay, *block)
-            cache.update_conv_state(states[0], self.layer_idx)
-            cache.update_recurrent_state(states[1], self.layer_idx)
+            cache.update_conv_state(conv_state, self.layer_idx)
+            cache.update_recurrent_state(recurrent_state, self.layer_idx)
             outputs.append(output)
         if isinstance(layer, KDACacheLayer):
             layer.advance(length)
@@ -288,6 +297,7 @@ class KDAAttention(nn.Module):
 
     def __init__(self, config: KDAConfig, layer_idx: int):
         super().__init__()
+        assert config.head_dim is not None and config.num_key_value_heads is not None
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
@@ -301,7 +311,7 @@ class KDAAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, query_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=config.attention_output_bias)
+        self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=bool(config.attention_output_bias))
         self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
         self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
 
@@ -342,6 +352,7 @@ class KDAAttention(nn.Module):
 class KDADecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: KDAConfig, layer_idx: int):
         super().__init__()
+        assert config.layer_types is not None
         self.layer_type = config.layer_types[layer_idx]
         if self.layer_type == "linear_attention":
             self.linear_attn = KimiDeltaAttention(config, layer_idx)
@@ -400,9 +411,10 @@ class KDAPreTrainedModel(PreTrainedModel):
         """
         with_info = kwargs.pop("output_loading_info", False)
         lenient = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+        model, info = loaded  # as `output_loading_info` asks for
         if info["mismatched_keys"] and not lenient:
             shapes = [f"{key} is {list(found)}, not {list(own)}" for key, found, own in sorted(info["mismatched_keys"])]
             raise RuntimeError(f"{pretrained_model_name_or_path} has weights of another shape: {'; '.join(shapes)}")
@@ -448,7 +460,7 @@ class KDAModel(KDAPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
@@ -477,7 +489,7 @@ class KDAModel(KDAPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]
-        has_attention = "full_attention" in self.config.layer_types
+        has_attention = "full_attention" in (self.config.layer_types or ())
 
         if cu_seqlens is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")
@@ -500,7 +512,8 @@ class KDAModel(KDAPreTrainedModel):
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
 
-        if not isinstance(masks := attention_mask, dict):
+        masks: Any = attention_mask
+        if not isinstance(masks, dict):
             mask_kwargs = {
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
@@ -559,7 +572,7 @@ class KDAForCausalLM(KDAPreTrainedModel, KDAGenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
