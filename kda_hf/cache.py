@@ -796,13 +796,23 @@ class KDACache(Cache):
             forked.batch_repeat_interleave(n)
         return forked
 
+    def __deepcopy__(self, memo):
+        # The stream of an offloading cache cannot be copied, and is shared.
+        memo[id(self)] = copied = self.fork(1)
+        return copied
+
     @torch.no_grad()
     def save(self, path: str | os.PathLike) -> None:
         """Writes the cache to one safetensors file, which appears under `path` only when it is complete.
 
         The file holds states, keys and values, but no history: after `load`, the tokens in it cannot be cropped.
+
+        Raises:
+            FileNotFoundError: if the folder of `path` does not exist.
         """
         path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"Cannot save the cache to {path}: there is no folder {path.parent}.")
         self._finish_copies()
         tensors: dict[str, torch.Tensor] = {}
         for idx, layer in enumerate(self.layers):

@@ -533,6 +533,8 @@ def test_damaged_files(make_cache, tmp_path):
 
 def test_other_files(make_cache, tmp_path):
     cache, config = make_cache(), make_cache.config()
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+        cache.save(tmp_path / "nowhere" / "cache")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         KDACache.load(tmp_path / "nowhere", config)
     with pytest.raises(FileNotFoundError):
@@ -778,6 +780,7 @@ def _in_place(method, *args):
 
 
 OPERATIONS = {
+    "deepcopy": (copy.deepcopy, lambda x: x),
     "snapshot": (_restored, lambda x: x),
     "fork": (lambda cache: cache.fork(2), lambda x: x.repeat_interleave(2, 0)),
     "reorder": (_in_place("reorder_cache", torch.tensor([1, 0])), lambda x: x.flip(0)),
