@@ -55,6 +55,9 @@ struct PrefillParams {
 
   void* workspace;  // prefill_workspace_bytes, of any content, 256-byte aligned; null where that is 0
   int num_sms;
+
+  // Set by `prefill`, which launches for a range of sequences at a time where records of all would need too much room.
+  int first_sequence, sequences;
 };
 
 // Bytes of workspace that a call needs: from shapes, dtypes and num_sms, on the host.

@@ -41,7 +41,7 @@ cudaError_t launch(const PrefillParams& params, int64_t ctas, int threads, int s
 
 template <class Element, int K, Gate kGate>
 cudaError_t launch_prepare(const PrefillParams& params, cudaStream_t stream) {
-  const int64_t records = slots(params) * params.HV;
+  const int64_t records = slots(params, params.sequences) * params.HV;
   if (params.g_dtype == DType::kFP32)
     return launch<prepare<Element, K, kGate, true>>(params, records, kPrepareThreads, PrepareSmem<K, true>::kBytes,
                                                     false, stream);
@@ -56,7 +56,7 @@ cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream) {
                                                        : launch_prepare<Element, K, Gate::kNone>(params, stream);
   if (error != cudaSuccess) return error;
   // With few chains, more SMs serve one: 64 value channels each.
-  const int64_t chains = static_cast<int64_t>(params.N) * params.HV;
+  const int64_t chains = static_cast<int64_t>(params.sequences) * params.HV;
   if (params.V == 128 && 2 * chains > params.num_sms)
     return launch<recurrence<Element, K, 2>>(params, chains, 384, RecurrenceSmem<K, 2>::kBytes, true, stream);
   return launch<recurrence<Element, K, 1>>(params, chains * (params.V / 64), 256, RecurrenceSmem<K, 1>::kBytes, true,

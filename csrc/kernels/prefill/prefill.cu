@@ -1,4 +1,6 @@
 // Which prefill kernels a call gets.
+#include <algorithm>
+
 #include "record.cuh"
 
 namespace kda {
@@ -6,24 +8,54 @@ namespace kda {
 template <class Element, int K>
 cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream);  // prefill_bf16.cu, prefill_fp16.cu
 
-const char* prefill_refusal(const PrefillParams& params) {
-  if (params.dtype == DType::kFP32) return "`q` is float32; the CUDA kernels take bfloat16 and float16";
-  if (params.K != 64 && params.K != 128) return "`q` has a head dimension other than 64 and 128";
-  if (params.V != 64 && params.V != 128) return "`v` has a head dimension other than 64 and 128";
-  if (slots(params) * params.HV > INT32_MAX) return "`q` has too many tokens for one launch";
-  return nullptr;
+namespace {
+
+int64_t record_bytes(const PrefillParams& params) {
+  return params.HV * static_cast<int64_t>(params.K == 64 ? Record<64>::kBytes : Record<128>::kBytes);
 }
 
-size_t prefill_workspace_bytes(const PrefillParams& params) {
-  const size_t bytes = params.K == 64 ? Record<64>::kBytes : Record<128>::kBytes;
-  return slots(params) * params.HV * bytes;
+// Sequences of one launch: as many as keep the records within twice the inputs, since a short sequence takes as much room
+// as one of 64 tokens. Never so few that launches get in the way.
+int64_t sequences_at_a_time(const PrefillParams& params) {
+  const int64_t element = 2, gate_element = params.g_dtype == DType::kFP32 ? 4 : 2;
+  const int64_t token_bytes =
+      (2 * params.H * params.K + params.HV * params.V) * element + params.HV * params.K * gate_element;
+  const int64_t room = 2 * params.B * params.T * token_bytes / record_bytes(params);
+  const int64_t chunks = (params.T + kChunk - 1) / kChunk;
+  const int64_t sequences = params.cu_seqlens == nullptr ? room / chunks : room - params.T / kChunk;
+  const int64_t least = params.cu_seqlens == nullptr ? (64 + chunks - 1) / chunks : 64;
+  return std::min<int64_t>(params.N, std::max(sequences, least));
 }
 
-cudaError_t prefill(const PrefillParams& params, cudaStream_t stream) {
+cudaError_t launch(const PrefillParams& params, cudaStream_t stream) {
   if (params.dtype == DType::kBF16)
     return params.K == 64 ? launch_prefill<__nv_bfloat16, 64>(params, stream)
                           : launch_prefill<__nv_bfloat16, 128>(params, stream);
   return params.K == 64 ? launch_prefill<__half, 64>(params, stream) : launch_prefill<__half, 128>(params, stream);
+}
+
+}  // namespace
+
+const char* prefill_refusal(const PrefillParams& params) {
+  if (params.dtype == DType::kFP32) return "`q` is float32; the CUDA kernels take bfloat16 and float16";
+  if (params.K != 64 && params.K != 128) return "`q` has a head dimension other than 64 and 128";
+  if (params.V != 64 && params.V != 128) return "`v` has a head dimension other than 64 and 128";
+  if (slots(params, params.N) * params.HV > INT32_MAX) return "`q` has too many tokens for one launch";
+  return nullptr;
+}
+
+size_t prefill_workspace_bytes(const PrefillParams& params) {
+  return slots(params, sequences_at_a_time(params)) * record_bytes(params);
+}
+
+cudaError_t prefill(const PrefillParams& given, cudaStream_t stream) {
+  PrefillParams params = given;
+  const int step = static_cast<int>(sequences_at_a_time(params));
+  for (params.first_sequence = 0; params.first_sequence < params.N; params.first_sequence += step) {
+    params.sequences = std::min(step, params.N - params.first_sequence);
+    if (cudaError_t error = launch(params, stream); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace kda

@@ -1,17 +1,19 @@
-// All that a chunk needs besides the state: one CTA of four warps makes the record of one chunk and value head.
+// All that a chunk needs besides the state: one CTA of eight warps makes the record of one chunk and value head.
 //
 // Data flow
-//   1. Each warp takes a block of 16 tokens and, 16 channels at a time: gate → log-decay (base 2) → sums over tokens by a
+//   1. A pair of warps takes a block of 16 tokens, half of the channels each, and 16 channels at a time: gate → log-decay (base 2) → sums over tokens by a
 //      product with a 0/±1 matrix → decays by ex2. q^ and k^ decayed from the start of the block, and k^ decayed to its
 //      end, replace the q, k and g tiles as fp16: all factors are ≤ 1.
 //      The diagonal 16 × 16 blocks of A and P are multiplied in tf32 with the middle of the block as reference, where
 //      factors reach 2^60; a block whose decays leave that range is done again by `exact_diagonal`, for which no gate is
 //      too steep.
-//   2. Each warp multiplies its rows with the blocks of columns before it, nearest first; between two of them the rows
-//      take on the decay of the block in between. What is left at the end is Q and K^+, relative to the chunk's start.
-//   3. (I + A)^-1: the diagonal blocks by substitution in fp32, one column a lane; then a block column a warp, in tf32.
-//   4. W and Uᵀ by WGMMA. U multiplies v itself (bf16 or fp16) with X in two parts of v's type, so that it keeps fp32's
-//      range and 16 bits.
+//   2. The first warp of a pair (warps 0-3) multiplies the block's rows of q, the second (warps 4-7) those of k, with the
+//      blocks of columns before it, nearest first; between two of them the rows take on the decay of the block in
+//      between. What is left at the end is Q and K^+, relative to the chunk's start.
+//   3. (I + A)^-1 by warps 0-3: the diagonal blocks by substitution in fp32, one column a lane; then a block column a
+//      warp, in tf32. Warps 4-7 make Kr and fetch v.
+//   4. W and Uᵀ by WGMMA, half of the columns a warpgroup. U multiplies v itself (bf16 or fp16) with X in two parts of v's
+//      type, so that it keeps fp32's range and 16 bits.
 //
 // Shared memory (K = 128): four regions of 16 KB
 //   query    q → q^ decayed from the block's start → Q → X of U, low part
@@ -24,8 +26,9 @@
 
 namespace kda {
 
-constexpr int kPrepareThreads = 128;
-constexpr int kPrepareCtas = 3;          // that an SM holds at a time
+constexpr int kPrepareThreads = 256;
+// CTAs that an SM holds at a time: as many as its shared memory and registers let it.
+constexpr int prepare_ctas(int K, bool float_gate) { return K == 128 && !float_gate ? 3 : 2; }
 constexpr float kMaxFactored = 60.0f;    // |log2| of a factor in a diagonal block; the safe gate stays under 58
 constexpr float kLowestDecay = -192.0f;  // log2; its power is 0 in fp32, and so is that of anything below
 
@@ -47,7 +50,8 @@ struct PrepareSmem {
   static constexpr int kBias = kRestDecayHalf + 3 * K * 2;                                // float [K]: of the gate
   static constexpr int kBetaW = kBias + K * 4;                                            // float [64]: β n²
   static constexpr int kBetaU = kBetaW + kChunk * 4;                                      // float [64]: β n
-  static constexpr int kBytes = kBetaU + kChunk * 4;
+  static constexpr int kOutOfRange = kBetaU + kChunk * 4;  // int [2][4]: whether a warp saw decays beyond kMaxFactored
+  static constexpr int kBytes = kOutOfRange + 32;
 };
 
 // Log-decay in base 2 from what the caller gave, for one channel. `bias` has gone through `prepare_bias`.
@@ -118,25 +122,25 @@ class DecaySum {
   uint32_t matrices[4][4] = {};
 };
 
-// The diagonal block of A and P without factors above 1, for decays of any size: entry (i, j) belongs to the level at
+// The diagonal block of A / β or (`of_p`) of P without factors above 1, for decays of any size: entry (i, j) belongs to the level at
 // which i and j part, i in the later and j in the earlier half of a run of 2, 4, 8 or 16 tokens, and there both decay
 // towards the boundary between the halves. Reads the inputs again: it is rare, and the tiles are already overwritten.
 template <class Element, int K, Gate kGate, bool kFloatGate>
 __device__ __noinline__ void exact_diagonal(const PrefillParams& p, const GateFunction<kGate>& gate, const Element* q,
                                             const Element* k, const char* g_rows, const float* bias, int valid,
-                                            const float (&q_norm)[2], const float (&k_norm)[2], float (&a)[2][4],
-                                            float (&s)[2][4]) {
+                                            const float (&q_norm)[2], const float (&k_norm)[2], bool of_p,
+                                            float (&result)[2][4]) {
   using GateElement = std::conditional_t<kFloatGate, float, Element>;
   int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const DecaySum sum_decays;
 #pragma unroll
   for (int n = 0; n < 2; ++n)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[n][i] = s[n][i] = 0.0f;
+    for (int i = 0; i < 4; ++i) result[n][i] = 0.0f;
 
 #pragma unroll 1
   for (int level = -1; level < 4; ++level) {  // -1: the diagonal itself
-    float level_a[2][4] = {}, level_s[2][4] = {};
+    float sum[2][4] = {};
 #pragma unroll 1
     for (int channel = 0; channel < K; channel += 8) {
       float decay[4], from_middle[4], halves[4];
@@ -148,7 +152,7 @@ __device__ __noinline__ void exact_diagonal(const PrefillParams& p, const GateFu
                        : 0.0f;
       }
       sum_decays(decay, from_middle, halves);
-      uint32_t rows_q[4], rows_k[4], columns[4];
+      uint32_t rows[4], columns[4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {  // tokens g and g + 8
         int token = g + 8 * half;
@@ -161,19 +165,16 @@ __device__ __noinline__ void exact_diagonal(const PrefillParams& p, const GateFu
           float distance = level == 3 ? own : own - other;
           float factor = level < 0 ? 1.0f : exp2_approx(later ? distance : -distance);
           int64_t at = channel + 2 * t + e;
-          float qv = token < valid ? load_float<Element>(q, token * p.q_strides[1] + at) * q_norm[half] : 0.0f;
           float kv = token < valid ? load_float<Element>(k, token * p.k_strides[1] + at) * k_norm[half] : 0.0f;
+          float rv = kv;
+          if (of_p) rv = token < valid ? load_float<Element>(q, token * p.q_strides[1] + at) * q_norm[half] : 0.0f;
           bool is_row = level < 0 || later, is_column = level < 0 || !later;
-          rows_q[half + 2 * e] = to_tf32(is_row ? qv * factor : 0.0f);
-          rows_k[half + 2 * e] = to_tf32(is_row ? kv * factor : 0.0f);
+          rows[half + 2 * e] = to_tf32(is_row ? rv * factor : 0.0f);
           columns[half + 2 * e] = to_tf32(is_column ? kv * factor : 0.0f);
         }
       }
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        mma_tf32(level_s[n], rows_q, columns[n], columns[n + 2]);
-        mma_tf32(level_a[n], rows_k, columns[n], columns[n + 2]);
-      }
+      for (int n = 0; n < 2; ++n) mma_tf32(sum[n], rows, columns[n], columns[n + 2]);
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n)
@@ -183,10 +184,7 @@ __device__ __noinline__ void exact_diagonal(const PrefillParams& p, const GateFu
         bool mine = level < 0 ? row == column
                               : (row >> (level + 1)) == (column >> (level + 1)) && (row >> level & 1) == 1 &&
                                     (column >> level & 1) == 0;
-        if (mine) {
-          a[n][i] = level_a[n][i];
-          s[n][i] = level_s[n][i];
-        }
+        if (mine) result[n][i] = sum[n][i];
       }
   }
 }
@@ -240,7 +238,8 @@ __device__ __forceinline__ void multiply_by_block_transposed(float (&c)[2][4], c
 }
 
 template <class Element, int K, Gate kGate, bool kFloatGate>
-__global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant__ PrefillParams p) {
+__global__ void __launch_bounds__(kPrepareThreads, prepare_ctas(K, kFloatGate))
+    prepare(const __grid_constant__ PrefillParams p) {
   using Smem = PrepareSmem<K, kFloatGate>;
   using Out = Record<K>;
   extern __shared__ __align__(1024) char smem[];
@@ -254,12 +253,13 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant
   float* beta_u = reinterpret_cast<float*>(smem + Smem::kBetaU);
 
   launch_dependents();
-  const int thread = threadIdx.x, warp = cutlass::canonical_warp_idx_sync();
+  const int thread = threadIdx.x, side = cutlass::canonical_warp_group_idx();
+  const int warp = cutlass::canonical_warp_idx_sync() % 4;  // which block of tokens
   const int lane = thread & 31, g = lane >> 2, t = lane & 3;
   const int head = blockIdx.x % p.HV, slot = blockIdx.x / p.HV;
   const BlockAddress block_address;
 
-  if (p.cu_seqlens != nullptr) {  // tokens after the last sequence: their output is zero
+  if (p.cu_seqlens != nullptr && p.first_sequence + p.sequences == p.N) {
     const int covered = bound(p, p.N);
     for (int row = thread; row < kChunk; row += kPrepareThreads) {
       const int64_t token = static_cast<int64_t>(slot) * kChunk + row;
@@ -287,8 +287,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant
 
   // Copies a tile of 16-bit elements; rows past the end are zeros. A thread's rows are a multiple of 8 apart, so that its
   // place within the swizzle stays.
-  const auto load_tile = [&](char* tile, const char* rows, int64_t row_stride, int columns) {
-    const int chunks_per_row = columns / 8, row_step = kPrepareThreads / chunks_per_row;
+  const auto load_tile = [&](char* tile, const char* rows, int64_t row_stride, int columns, int thread, int threads) {
+    const int chunks_per_row = columns / 8, row_step = threads / chunks_per_row;
     int row = thread / chunks_per_row, chunk = thread % chunks_per_row;
     char* to = tile + tile_offset(row, chunk);
     const char* from = rows + row * row_stride * 2 + chunk * 16;
@@ -296,10 +296,10 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant
     for (; row < kChunk; row += row_step, to += row_step * kRowBytes, from += row_step * row_stride * 2)
       copy_async_16(to, row < valid ? from : rows, row < valid);
   };
-  load_tile(query, q_rows, p.q_strides[1], K);
-  load_tile(key, k_rows, p.k_strides[1], K);
+  load_tile(query, q_rows, p.q_strides[1], K, thread, kPrepareThreads);
+  load_tile(key, k_rows, p.k_strides[1], K, thread, kPrepareThreads);
   if constexpr (!kFloatGate) {
-    load_tile(gate_tile, g_rows, p.g_strides[1], K);
+    load_tile(gate_tile, g_rows, p.g_strides[1], K, thread, kPrepareThreads);
   } else {
 #pragma unroll 4
     for (int i = thread; i < kChunk * K / 4; i += kPrepareThreads) {
@@ -308,24 +308,6 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant
       int at = row * K * 4 + ((chunk ^ ((row >> 1 & 3) << 1)) << 4);
       bool is_token = row < valid;
       copy_async_16(float_gate + at, is_token ? g_rows + row * p.g_strides[1] * 4 + chunk * 16 : g_rows, is_token);
-    }
-  }
-
-  // Have what a CTA some waves ahead will load on its way to L2: the same head, later in the sequence.
-  {
-    const int64_t row = kChunk * ((kPrepareCtas * p.num_sms + p.HV - 1) / p.HV) + thread / 2;
-    if (first + row < seq.length) {
-      const int line = thread % 2 * 128;
-      if (line < K * 2) {
-        prefetch_l2(q_rows + row * p.q_strides[1] * 2 + line);
-        prefetch_l2(k_rows + row * p.k_strides[1] * 2 + line);
-      }
-      if constexpr (kFloatGate) {
-        prefetch_l2(g_rows + row * p.g_strides[1] * 4 + line);
-        prefetch_l2(g_rows + row * p.g_strides[1] * 4 + K * 2 + line);
-      } else if (line < K * 2) {
-        prefetch_l2(g_rows + row * p.g_strides[1] * 2 + line);
-      }
     }
   }
 
@@ -350,8 +332,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant
   copy_async_wait();
   __syncthreads();
   // v comes last; have it on its way to L2 meanwhile.
-  if (thread < valid)
-    for (int b = 0; b < p.V * 2; b += 128) prefetch_l2(v_rows + thread * p.v_strides[1] * 2 + b);
+  if (thread / 2 < valid && thread % 2 * 128 < p.V * 2)
+    prefetch_l2(v_rows + thread / 2 * p.v_strides[1] * 2 + thread % 2 * 128);
 
   // ---- 1. lengths of q and k: the diagonals of q qᵀ and k kᵀ
   const int block = kBlock * warp;  // first row of this warp
@@ -384,7 +366,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant
         q_norm[half] = squares_q > 0.0f ? 1.0f / q_length : 0.0f;
         k_norm[half] = squares_k > 0.0f ? 1.0f / k_length : 0.0f;
       }
-      if (t == 0) {
+      if (side == 0 && t == 0) {
         int row = block + g + 8 * half;
         beta_w[row] = beta[half] * k_length * k_length;
         beta_u[row] = beta[half] * k_length;
@@ -398,7 +380,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant
   float largest = 0.0f;
   const DecaySum sum_decays;
 #pragma unroll 2
-  for (int c = 0; c < K / 16; ++c) {
+  for (int c = side * (K / 32); c < (side + 1) * (K / 32); ++c) {
     float raw[2][4];
     if constexpr (kFloatGate) {
 #pragma unroll
@@ -481,15 +463,43 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant
     store_matrices(key + block_address(warp, c), kf[0], kf[1], kf[2], kf[3]);
     store_matrices(gate_tile + block_address(warp, c), cf[0], cf[1], cf[2], cf[3]);
   }
+  // The other warp of the pair has the other half of the sums over channels: hand it what it is to go on with. Blocks lie
+  // where the pair will put its rows of A.
+  float4* const exchange = reinterpret_cast<float4*>(value + block * kChunk * 4) + lane;
+  int* const out_of_range = reinterpret_cast<int*>(smem + Smem::kOutOfRange);
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    float4 d;
+    d.x = side == 0 ? diagonal_a[m][0] : diagonal_p[m][0];
+    d.y = side == 0 ? diagonal_a[m][1] : diagonal_p[m][1];
+    d.z = side == 0 ? diagonal_a[m][2] : diagonal_p[m][2];
+    d.w = side == 0 ? diagonal_a[m][3] : diagonal_p[m][3];
+    exchange[(2 * side + m) * 32] = d;
+  }
   if constexpr (kGate != Gate::kSafe) {  // a bound of -5 keeps the safe gate in range
-    if (__any_sync(0xffffffffu, largest > kMaxFactored))
+    const bool exceeds = __any_sync(0xffffffffu, largest > kMaxFactored);
+    if (lane == 0) out_of_range[4 * side + warp] = exceeds;
+  }
+  __syncthreads();
+  float diagonal[2][4];  // of P for warps 0-3, of A for warps 4-7
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    const float4 other = exchange[(2 * (1 - side) + m) * 32];
+    diagonal[m][0] = (side == 0 ? diagonal_p[m][0] : diagonal_a[m][0]) + other.x;
+    diagonal[m][1] = (side == 0 ? diagonal_p[m][1] : diagonal_a[m][1]) + other.y;
+    diagonal[m][2] = (side == 0 ? diagonal_p[m][2] : diagonal_a[m][2]) + other.z;
+    diagonal[m][3] = (side == 0 ? diagonal_p[m][3] : diagonal_a[m][3]) + other.w;
+  }
+  if constexpr (kGate != Gate::kSafe) {
+    if (out_of_range[warp] || out_of_range[4 + warp]) {
       exact_diagonal<Element, K, kGate, kFloatGate>(p, gate,
                                                     reinterpret_cast<const Element*>(q_rows) + block * p.q_strides[1],
                                                     reinterpret_cast<const Element*>(k_rows) + block * p.k_strides[1],
                                                     g_rows + block * p.g_strides[1] * (kFloatGate ? 4 : 2), gate_bias,
-                                                    valid - block, q_norm, k_norm, diagonal_a, diagonal_p);
+                                                    valid - block, q_norm, k_norm, side == 0, diagonal);
+    }
   }
-  __syncthreads();
+  named_barrier(1 + warp, 64);  // the pair has read each other's sums
 
   // ---- 2. blocks below the diagonal; Q and K^+
   char* const out = record<K>(p, slot, head);
@@ -503,68 +513,59 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant
     reinterpret_cast<float*>(out + Out::kDecay)[decay_index(thread)] = d;
   }
   {
-    float a[3][2][4] = {}, s[3][2][4] = {};
+    float sum[3][2][4] = {};
+    char* const rows = side == 0 ? query : key;
 #pragma unroll 2
     for (int c = 0; c < K / 16; ++c) {
-      uint32_t qf[4], kf[4], cf[4];
-      load_matrices(qf, query + block_address(warp, c));
-      load_matrices(kf, key + block_address(warp, c));
+      uint32_t rf[4], cf[4];
+      load_matrices(rf, rows + block_address(warp, c));
 #pragma unroll
       for (int j = 2; j >= 0; --j) {
         if (j < warp) {
           load_matrices(cf, gate_tile + block_address(j, c));
 #pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            mma_fp16(s[j][m], qf, cf[m], cf[m + 2]);
-            mma_fp16(a[j][m], kf, cf[m], cf[m + 2]);
-          }
+          for (int m = 0; m < 2; ++m) mma_fp16(sum[j][m], rf, cf[m], cf[m + 2]);
           const uint32_t* decay = reinterpret_cast<const uint32_t*>(block_decay_half + j * K + 16 * c) + t;
           const uint32_t d[2] = {decay[0], decay[4]};
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            qf[i] = multiply_half2(qf[i], d[i >> 1]);
-            kf[i] = multiply_half2(kf[i], d[i >> 1]);
-          }
+          for (int i = 0; i < 4; ++i) rf[i] = multiply_half2(rf[i], d[i >> 1]);
         }
       }
-      if (warp > 0) {
-        store_matrices(query + block_address(warp, c), qf[0], qf[1], qf[2], qf[3]);
-        store_matrices(key + block_address(warp, c), kf[0], kf[1], kf[2], kf[3]);
-      }
+      if (warp > 0) store_matrices(rows + block_address(warp, c), rf[0], rf[1], rf[2], rf[3]);
     }
     // A into shared memory, P into the record. Zeros above the diagonal.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int row = block + g + 8 * half;
-      float b = beta_w[row];
+      const int row = block + g + 8 * half;
+      const float b = beta_w[row];
 #pragma unroll
       for (int j = 0; j < 4; ++j)
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          int column = kBlock * j + 8 * m + 2 * t;
-          float2 av = {}, sv = {};
+          const int column = kBlock * j + 8 * m + 2 * t;
+          float2 x = {};
           if (j < warp) {
-            const float (&aj)[4] = a[j < 3 ? j : 0][m];
-            const float (&sj)[4] = s[j < 3 ? j : 0][m];
-            av = {aj[2 * half] * b, aj[2 * half + 1] * b};
-            sv = {sj[2 * half], sj[2 * half + 1]};
-          } else if (j == warp) {
-            av = {column < row ? diagonal_a[m][2 * half] * b : 0.0f,
-                  column + 1 < row ? diagonal_a[m][2 * half + 1] * b : 0.0f};
-            sv = {column <= row ? diagonal_p[m][2 * half] : 0.0f,
-                  column + 1 <= row ? diagonal_p[m][2 * half + 1] : 0.0f};
+            x = {sum[j < 3 ? j : 0][m][2 * half], sum[j < 3 ? j : 0][m][2 * half + 1]};
+          } else if (j == warp) {  // A is 0 on the diagonal, P is not
+            x = {column + side <= row ? diagonal[m][2 * half] : 0.0f,
+                 column + 1 + side <= row ? diagonal[m][2 * half + 1] : 0.0f};
           }
-          if (j <= warp) *reinterpret_cast<float2*>(value + matrix_offset(row, column)) = av;
-          *reinterpret_cast<uint32_t*>(out + Out::kP + tile_offset(row, column >> 3) + 4 * t) =
-              pack<__half>(sv.x, sv.y);
+          if (side == 0) {
+            *reinterpret_cast<uint32_t*>(out + Out::kP + tile_offset(row, column >> 3) + 4 * t) =
+                pack<__half>(x.x, x.y);
+          } else if (j <= warp) {
+            *reinterpret_cast<float2*>(value + matrix_offset(row, column)) = {x.x * b, x.y * b};
+          }
         }
     }
   }
   fence_async_proxy();
   __syncthreads();
 
-  // ---- k^ decayed to the end of the chunk; the inverse of the diagonal blocks
-  if (warp < 3) {
+  // ---- the inverse of the diagonal blocks; k^ decayed to the end of the chunk
+  if (side == 0) {
+    invert_diagonal(value, block);
+  } else if (warp < 3) {
 #pragma unroll 2
     for (int c = 0; c < K / 16; ++c) {
       uint32_t cf[4];
@@ -575,9 +576,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant
       for (int i = 0; i < 4; ++i) cf[i] = multiply_half2(cf[i], d[i >> 1]);
       store_matrices(gate_tile + block_address(warp, c), cf[0], cf[1], cf[2], cf[3]);
     }
+    fence_async_proxy();
   }
-  invert_diagonal(value, block);
-  fence_async_proxy();
   __syncthreads();
 
   if (thread == 0) {
@@ -596,6 +596,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant
       for (int e = 0; e < 4; ++e) x[i][m][e] = 0.0f;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
+    if (side == 1) break;
     if (i == warp) {
 #pragma unroll
       for (int m = 0; m < 2; ++m)
@@ -620,12 +621,13 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant
   __syncthreads();
 
   // ---- 4. v, and X in the types of the two products
-  if (p.V == 128) {
-    load_tile(value, v_rows, p.v_strides[1], 128);
+  if (side == 1) {
+    if (p.V == 128) {
+      load_tile(value, v_rows, p.v_strides[1], 128, thread - 128, 128);
+    } else {
+      load_tile(value, v_rows, p.v_strides[1], 64, thread - 128, 128);
+    }
   } else {
-    load_tile(value, v_rows, p.v_strides[1], 64);
-  }
-  {
     const float bw[2] = {beta_w[block + g], beta_w[block + g + 8]}, bu[2] = {beta_u[block + g], beta_u[block + g + 8]};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -652,39 +654,42 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant
   fence_async_proxy();
   __syncthreads();
 
-  // ---- 4. W = X K^+
-  {
-    float w[K / 2];
+  // ---- 4. W = X K^+, 64 columns a warpgroup
+  float w[32];
+  const bool has_w = K == 128 || side == 0;
+  if (has_w) {
     fence_registers(w);
     cute::warpgroup_arrive();
     const uint64_t xd = descriptor_k_major(smem_address(smem + Smem::kXOfW));
-    const uint64_t kd = descriptor_mn_major(smem_address(key));
+    const uint64_t kd = descriptor_mn_major(smem_address(key + side * kHalfBytes));
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      wgmma_ss<__half, K, Major::K, Major::MN>(w, advance(xd, j * 32), advance(kd, j * 16 * kRowBytes), j > 0);
+      wgmma_ss<__half, 64, Major::K, Major::MN>(w, advance(xd, j * 32), advance(kd, j * 16 * kRowBytes), j > 0);
     cute::warpgroup_commit_batch();
-    copy_async_wait();
-    fence_async_proxy();
     cute::warpgroup_wait<0>();
     fence_registers(w);
-    __syncthreads();  // all have read K^+, and v is here
+  }
+  copy_async_wait();
+  fence_async_proxy();
+  __syncthreads();  // all have read K^+, and v is here
+  if (has_w) {
 #pragma unroll
-    for (int c = 0; c < K / 16; ++c) {
+    for (int c = 0; c < 4; ++c) {
       const float* x8 = w + 8 * c;
-      store_matrices(key + block_address(warp, c), pack<__half>(x8[0], x8[1]), pack<__half>(x8[2], x8[3]),
+      store_matrices(key + block_address(warp, 4 * side + c), pack<__half>(x8[0], x8[1]), pack<__half>(x8[2], x8[3]),
                      pack<__half>(x8[4], x8[5]), pack<__half>(x8[6], x8[7]));
     }
-    fence_async_proxy();
-    __syncthreads();
-    if (thread == 0) {
-      bulk_store(out + Out::kW, key, Out::kMatrixBytes);
-      bulk_store_commit();
-    }
+  }
+  fence_async_proxy();
+  __syncthreads();
+  if (thread == 0) {
+    bulk_store(out + Out::kW, key, Out::kMatrixBytes);
+    bulk_store_commit();
   }
 
-  // ---- 4. Uᵀ = Vᵀ Xᵀ
-#pragma unroll 1
-  for (int half = 0; half < p.V / 64; ++half) {
+  // ---- 4. Uᵀ = Vᵀ Xᵀ, 64 value channels a warpgroup
+  if (p.V == 128 || side == 1) {
+    const int half = p.V == 128 ? side : 0;
     float u[32];
     fence_registers(u);
     cute::warpgroup_arrive();
@@ -703,15 +708,15 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant
     uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < 32; ++i) bits = max(bits, magnitude_bits(u[i]));
-    int exponent = max(exponent_of(warp_max(bits)), -100) - 14;  // the largest becomes at most 2^15
-    float factor = power_of_two(-exponent);
+    const int exponent = max(exponent_of(warp_max(bits)), -100) - 14;  // the largest becomes at most 2^15
+    const float factor = power_of_two(-exponent);
     if (lane == 0) reinterpret_cast<int*>(out + Out::kExponents)[4 * half + warp] = exponent;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float* x8 = u + 8 * i;
       uint4 r = {pack<__half>(x8[0] * factor, x8[1] * factor), pack<__half>(x8[2] * factor, x8[3] * factor),
                  pack<__half>(x8[4] * factor, x8[5] * factor), pack<__half>(x8[6] * factor, x8[7] * factor)};
-      reinterpret_cast<uint4*>(out + Out::kU + half * Out::kUHalfBytes)[i * 128 + thread] = r;
+      reinterpret_cast<uint4*>(out + Out::kU + half * Out::kUHalfBytes)[i * 128 + thread % 128] = r;
     }
   }
   if (thread == 0) bulk_stores_have_read();

@@ -65,26 +65,32 @@ __device__ __forceinline__ int bound(const PrefillParams& p, int n) {
   return static_cast<int>(min(max(value, int64_t{0}), static_cast<int64_t>(p.T)));
 }
 
-// Sequence n begins at slot start / 64 + n: without a look at the other sequences, no two of them share a slot, and
-// T / 64 + N slots are enough.
-__device__ __forceinline__ Sequence sequence(const PrefillParams& p, int n) {
-  if (p.cu_seqlens == nullptr) return {n, 0, p.T, n * chunks_of(p.T)};
-  int start = bound(p, n), end = bound(p, n + 1);
-  return {0, start, max(end - start, 0), start / kChunk + n};
+// The i-th sequence of a launch begins at slot start / 64 + i, with `start` counted from the launch's first token: without
+// a look at the other sequences, no two of them share a slot, and T / 64 slots and one a sequence are enough.
+__device__ __forceinline__ int first_slot(const PrefillParams& p, int n) {
+  const int i = n - p.first_sequence;
+  if (p.cu_seqlens == nullptr) return i * chunks_of(p.T);
+  return max(bound(p, n) - bound(p, p.first_sequence), 0) / kChunk + i;
 }
 
-__host__ __device__ inline int64_t slots(const PrefillParams& p) {
-  return p.cu_seqlens == nullptr ? static_cast<int64_t>(p.B) * ((p.T + kChunk - 1) / kChunk)
-                                 : static_cast<int64_t>(p.T) / kChunk + p.N;
+__device__ __forceinline__ Sequence sequence(const PrefillParams& p, int n) {
+  if (p.cu_seqlens == nullptr) return {n, 0, p.T, first_slot(p, n)};
+  int start = bound(p, n), end = bound(p, n + 1);
+  return {0, start, max(end - start, 0), first_slot(p, n)};
+}
+
+// Slots of a launch for this many sequences.
+inline int64_t slots(const PrefillParams& p, int64_t sequences) {
+  return p.cu_seqlens == nullptr ? sequences * ((p.T + kChunk - 1) / kChunk) : p.T / kChunk + sequences;
 }
 
 // The sequence that slot `slot` belongs to, if any does.
 __device__ __forceinline__ int sequence_of_slot(const PrefillParams& p, int slot) {
-  if (p.cu_seqlens == nullptr) return slot / chunks_of(p.T);
-  int lo = 0, hi = p.N;  // the first slot of lo is ≤ slot, that of hi is not
+  if (p.cu_seqlens == nullptr) return p.first_sequence + slot / chunks_of(p.T);
+  int lo = p.first_sequence, hi = lo + p.sequences;  // the first slot of lo is ≤ slot, that of hi is not
   while (hi - lo > 1) {
     int middle = (lo + hi) / 2;
-    (bound(p, middle) / kChunk + middle <= slot ? lo : hi) = middle;
+    (first_slot(p, middle) <= slot ? lo : hi) = middle;
   }
   return lo;
 }

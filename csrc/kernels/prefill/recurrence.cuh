@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
 
   const int warpgroup = cutlass::canonical_warp_group_idx();
   const int ctas = p.V / 64 / kHalves;  // for a sequence and head
-  const int part = blockIdx.x % ctas, head = blockIdx.x / ctas % p.HV, n = blockIdx.x / ctas / p.HV;
+  const int part = blockIdx.x % ctas, head = blockIdx.x / ctas % p.HV, n = p.first_sequence + blockIdx.x / ctas / p.HV;
   const Sequence seq = sequence(p, n);
   const int chunks = chunks_of(seq.length);
 
