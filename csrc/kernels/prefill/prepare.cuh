@@ -1,9 +1,9 @@
 // All that a chunk needs besides the state: one CTA of eight warps makes the record of one chunk and value head.
 //
 // Data flow
-//   1. A pair of warps takes a block of 16 tokens, half of the channels each, and 16 channels at a time: gate → log-decay (base 2) → sums over tokens by a
-//      product with a 0/±1 matrix → decays by ex2. q^ and k^ decayed from the start of the block, and k^ decayed to its
-//      end, replace the q, k and g tiles as fp16: all factors are ≤ 1.
+//   1. A pair of warps takes a block of 16 tokens, half of the channels each, and 16 channels at a time: gate → log-decay
+//      (base 2) → sums over tokens by a product with a 0/±1 matrix → decays by ex2. q^ and k^ decayed from the start of
+//      the block, and k^ decayed to its end, replace the q, k and g tiles as fp16: all factors are ≤ 1.
 //      The diagonal 16 × 16 blocks of A and P are multiplied in tf32 with the middle of the block as reference, where
 //      factors reach 2^60; a block whose decays leave that range is done again by `exact_diagonal`, for which no gate is
 //      too steep.
@@ -27,8 +27,12 @@
 namespace kda {
 
 constexpr int kPrepareThreads = 256;
-// CTAs that an SM holds at a time: as many as its shared memory and registers let it.
-constexpr int prepare_ctas(int K, bool float_gate) { return K == 128 && !float_gate ? 3 : 2; }
+// CTAs that an SM holds at a time: as many as its shared memory lets it, and its registers without spilling.
+template <class Element, int K, Gate kGate, bool kFloatGate>
+constexpr int prepare_ctas() {
+  constexpr bool kFewRegisters = kGate == Gate::kSafe || std::is_same_v<Element, __nv_bfloat16>;
+  return K == 128 && !kFloatGate && kFewRegisters ? 3 : 2;
+}
 constexpr float kMaxFactored = 60.0f;    // |log2| of a factor in a diagonal block; the safe gate stays under 58
 constexpr float kLowestDecay = -192.0f;  // log2; its power is 0 in fp32, and so is that of anything below
 
@@ -238,7 +242,7 @@ __device__ __forceinline__ void multiply_by_block_transposed(float (&c)[2][4], c
 }
 
 template <class Element, int K, Gate kGate, bool kFloatGate>
-__global__ void __launch_bounds__(kPrepareThreads, prepare_ctas(K, kFloatGate))
+__global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGate, kFloatGate>())
     prepare(const __grid_constant__ PrefillParams p) {
   using Smem = PrepareSmem<K, kFloatGate>;
   using Out = Record<K>;
@@ -361,10 +365,10 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas(K, kFloatGate))
         q_norm[half] = rsqrtf(squares_q + 1e-6f);
         k_norm[half] = rsqrtf(squares_k + 1e-6f);
       } else {  // k = n k^ all the same, so that everything but U is bounded
-        q_length = sqrtf(squares_q);
-        k_length = sqrtf(squares_k);
-        q_norm[half] = squares_q > 0.0f ? 1.0f / q_length : 0.0f;
-        k_norm[half] = squares_k > 0.0f ? 1.0f / k_length : 0.0f;
+        q_norm[half] = squares_q > 0.0f ? rsqrtf(squares_q) : 0.0f;
+        k_norm[half] = squares_k > 0.0f ? rsqrtf(squares_k) : 0.0f;
+        q_length = squares_q * q_norm[half];
+        k_length = squares_k * k_norm[half];
       }
       if (side == 0 && t == 0) {
         int row = block + g + 8 * half;
@@ -379,7 +383,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas(K, kFloatGate))
   float diagonal_a[2][4] = {}, diagonal_p[2][4] = {};
   float largest = 0.0f;
   const DecaySum sum_decays;
-#pragma unroll 2
+#pragma unroll(kGate == Gate::kSafe ? 2 : 1)
   for (int c = side * (K / 32); c < (side + 1) * (K / 32); ++c) {
     float raw[2][4];
     if constexpr (kFloatGate) {
