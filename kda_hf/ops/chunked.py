@@ -100,6 +100,40 @@ def _prepare(
     return readers, inverse @ (beta * v), scores[:, 0], columns[:, 0], decay[:, 0]
 
 
+def _states_before(
+    state: torch.Tensor,
+    opening: torch.Tensor | None,
+    packed: ChunkMap | None,
+    minus_W: torch.Tensor,
+    U: torch.Tensor,
+    k_decayed: torch.Tensor,
+    decay: torch.Tensor,
+) -> torch.Tensor:
+    """The states before all chunks [NT, ...], from the one before the first; packed sequences open with their own.
+
+    A chunk makes S into M S + N with M = Diag(e^(G_C)) - (K ∘ e^(G_C - G))ᵀ W and N = (K ∘ e^(G_C - G))ᵀ U. All of them
+    are made at once, so that the serial part is one call a chunk. The calls are short, and on a busy CPU the threads
+    wait for each other at the end of each.
+    """
+    width = len(state)
+    num_steps = len(decay) // width - 1  # the last chunk hands its state on to nobody
+    used = slice(num_steps * width)
+    M = torch.baddbmm(torch.diag_embed(decay[used, :, 0]), k_decayed[used], minus_W[used])
+    N = (k_decayed[used] @ U[used]).view(num_steps, *state.shape)
+    tracks_gradient = N.requires_grad or state.requires_grad
+    states = [state]
+    for i, (step, gain) in enumerate(zip(M.view(num_steps, width, *M.shape[1:]), N, strict=True), start=1):
+        # Without a gradient to compute, a state may take the place of its N.
+        state = torch.baddbmm(gain, step, state) if tracks_gradient else gain.baddbmm_(step, state)
+        if packed is not None and opening is not None:
+            state = torch.where(packed.is_first[i], opening[i], state)
+        states.append(state)
+    before = torch.stack(states) if tracks_gradient else torch.cat((states[0].unsqueeze(0), N))
+    if packed is not None and opening is not None:
+        before = torch.where(packed.is_first[:, None, None, None], opening, before)
+    return before
+
+
 def chunked_kda(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -144,33 +178,27 @@ def chunked_kda(
 
     prepared = _prepare(*(to_chunks(x) for x in (q, k, v, g, beta.unsqueeze(-1))))
     readers, U, scores, k_decayed, decay = prepared
-    readers, U, k_decayed, decay = (x.unflatten(0, (chunks, -1)) for x in (readers, U, k_decayed, decay.unsqueeze(-1)))
+    k_decayed, decay = k_decayed.mT, decay.unsqueeze(-1)
 
-    state = initial_state.flatten(0, 1) if packed is None else torch.zeros_like(initial_state[0])
     opening = None if packed is None else initial_state.index_select(0, packed.sequence)
-    before, after, read, corrections = [], [], [], []
-    # Few calls a chunk: each is short, and on a busy CPU the threads wait for each other at the end of every one.
-    for i in range(chunks):
-        if packed is not None and opening is not None:
-            state = torch.where(packed.is_first[i], opening[i], state)
-        from_W, from_q = (readers[i] @ state).chunk(2, 1)
-        correction = U[i] + from_W
-        if output_states:
-            before.append(state)
-        state = torch.addcmul(k_decayed[i].mT @ correction, state, decay[i])
-        if packed is not None:
-            after.append(state)
-        read.append(from_q)
-        corrections.append(correction)
+    state = initial_state.flatten(0, 1) if opening is None else opening[0]
+    before = _states_before(state, opening, packed, readers[:, :size], U, k_decayed, decay)
+    from_W, from_q = (readers @ before.flatten(0, 1)).chunk(2, 1)
+    corrections = U + from_W
+    o = torch.baddbmm(from_q, scores, corrections)
 
-    o = torch.baddbmm(torch.cat(read), scores, torch.cat(corrections))
-    states = torch.stack(before).unflatten(1, (-1, heads)).transpose(0, 1) if output_states else None
+    def last(x: torch.Tensor) -> torch.Tensor:
+        """The last chunk of every sequence."""
+        x = x.unflatten(0, (chunks, -1))
+        return x[-1:] if packed is None else x.index_select(0, packed.last)
+
+    final = torch.addcmul(last(k_decayed) @ last(corrections), last(before.flatten(0, 1)), last(decay))
+    final = final.reshape(sequences, heads, K, V)
+    states = before.unflatten(1, (-1, heads)).transpose(0, 1) if output_states else None
     if packed is None:
         o = o.view(chunks, batch, heads, size, V).permute(1, 0, 3, 2, 4).reshape(batch, -1, heads, V)[:, :tokens]
-        return o, state.unflatten(0, (batch, heads)), states
+        return o, final, states
 
     o = o.view(chunks, heads, size, V).transpose(1, 2).reshape(-1, heads, V)
     o = o.new_zeros(tokens + 1, heads, V).index_copy(0, packed.token, o)[:tokens].unsqueeze(0)
-    final = torch.stack(after).index_select(0, packed.last)
-    final = torch.where(packed.is_empty[:, None, None, None], initial_state, final)
-    return o, final, states
+    return o, torch.where(packed.is_empty[:, None, None, None], initial_state, final), states
