@@ -44,6 +44,10 @@ def load(args):
     if not path.exists() and (path.is_absolute() or args.model.startswith(".")):
         raise SystemExit(f"kda-hf: --model: no such directory: {args.model}")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"kda-hf: --device: torch finds no GPU for {device!r}")
+    if args.dtype not in (None, "auto") and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
+        raise SystemExit(f"kda-hf: --dtype: {args.dtype!r} is no dtype of torch")
     # bf16 arithmetic is slow on most CPUs, and a model that fits in bf16 usually fits in fp32
     dtype = args.dtype or ("float32" if device == "cpu" else "auto")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -99,7 +103,7 @@ def chat(args):
     session = Path(args.session) if args.session else None
     if session and session.exists():
         cache = kda_hf.KDACache.load(session, model.config, device=model.device)
-        history = json.loads(session.with_suffix(".json").read_text())["input_ids"]
+        history = _saved_tokens(session.with_suffix(".json"), cache)
         print(f"[goes on after {len(history)} tokens]")
     print("[an empty line ends the conversation]")
     while True:
@@ -124,6 +128,20 @@ def chat(args):
         tokens = session.with_suffix(".json")
         tokens.write_text(json.dumps({"input_ids": history}))
         print(f"[saved: {session}, {tokens}]")
+
+
+def _saved_tokens(path: Path, cache: kda_hf.KDACache) -> list[int]:
+    """The tokens of a saved conversation; the last of them was never fed to the model."""
+    try:
+        history = json.loads(path.read_text())["input_ids"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not hold the tokens of a conversation: {error!r}") from error
+    if len(history) != int(cache.get_seq_length()) + 1:
+        raise ValueError(
+            f"{path} holds {len(history)} tokens, which does not go with a state after {int(cache.get_seq_length())}: "
+            "the two files are from different conversations"
+        )
+    return history
 
 
 def _turn(tokenizer, text: str, first: bool) -> list[int]:

@@ -70,6 +70,8 @@ class KDAGenerationMixin(GenerationMixin):
         cache, chunk_size = model_kwargs.get(CACHE_NAME), generation_config.prefill_chunk_size
         if cache is None and chunk_size is not None:
             raise ValueError(f"`prefill_chunk_size` needs a cache, but `use_cache` is {generation_config.use_cache}")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"`prefill_chunk_size` must be at least 1, got {chunk_size}")
         seen = 0 if cache is None else int(cache.get_seq_length())
         embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
         prompt = input_ids if embeds is None else embeds

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 MODEL = Path(__file__).parent.parent / "models" / "kda-hf-tiny"
@@ -55,12 +56,33 @@ def test_chat_goes_on_where_it_stopped(tmp_path):
     assert answers(first.stdout) + answers(second.stdout) == answers(whole.stdout)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there():
+    result = kda_hf("generate", "--model", MODEL, "--device", "cuda")
+    assert result.returncode != 0 and "--device: torch finds no GPU" in result.stderr
+
+
+def test_a_session_whose_files_do_not_fit(tmp_path):
+    def chat(name):
+        arguments = ("--greedy", "--max-new-tokens", 2, "--session", tmp_path / f"{name}.safetensors")
+        return kda_hf("chat", "--model", MODEL, *arguments, text="Who was the king?\n\n")
+
+    for name in ("one", "two", "two"):
+        assert chat(name).returncode == 0
+    tokens = tmp_path / "one.json"
+    for content in ((tmp_path / "two.json").read_text(), "{", "[1, 2]"):
+        tokens.write_text(content)
+        result = chat("one")
+        assert result.returncode != 0 and str(tokens) in result.stderr and "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (("generate", "--model", "./no-such-model"), "no-such-model"),
         (("generate",), "--model"),
         (("generate", "--model", MODEL, "--prompt", ""), "--prompt"),
+        (("generate", "--model", MODEL, "--dtype", "float99"), "--dtype: 'float99'"),
         (("chant",), "chant"),
     ],
 )

@@ -161,7 +161,10 @@ def test_a_prompt_that_the_cache_has_seen_already(model):
         model.generate(ids, past_key_values=cache)
 
 
-def test_chunks_need_a_cache(model):
+def test_bad_chunks(model):
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"`prefill_chunk_size` must be at least 1, got {size}"):
+            model.generate(prompt(model), prefill_chunk_size=size)
     with pytest.raises(ValueError, match="`prefill_chunk_size` needs a cache"):
         model.generate(prompt(model), prefill_chunk_size=4, use_cache=False)
 
