@@ -17,6 +17,7 @@ def fresh(monkeypatch):
     """No variable set, nothing said yet, neither the extension nor FLA."""
     for variable in ("KDA_HF_BACKEND", "FLA_FLASH_KDA"):
         monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(cuda.TRIAL, "1")
     monkeypatch.setattr(backends, "_logged", set())
     monkeypatch.setattr(cuda, "_unavailable", "the CUDA extension is not built")
     monkeypatch.setattr(cuda, "_served", set())
@@ -121,6 +122,42 @@ def test_cuda_refuses_other_devices(monkeypatch, capability):
     else:
         with pytest.raises(RuntimeError, match=f"on cuda:0: GPU X is sm_{capability[0]}0, .*sm_90a"):
             backends.select(call(), "cuda")
+
+
+def test_kernels_on_trial_serve_only_where_they_are_asked_for(monkeypatch):
+    monkeypatch.setattr(cuda, "_unavailable", None)
+    monkeypatch.setattr(cuda, "_refused_by_kernel", lambda *args: None, raising=False)
+    monkeypatch.setattr(cuda, "_refused_by_device", lambda index: None)
+    assert backends.select(call(device=GPU)) == "cuda"
+    monkeypatch.delenv(cuda.TRIAL)
+    assert backends.select(call(device=GPU)) == "torch"
+    with pytest.raises(RuntimeError, match=f"{cuda.TRIAL}=1"):
+        backends.select(call(device=GPU), "cuda")
+    x = torch.randn(1, 2, 1, 4)
+    cuda.note_served("fwd", x)
+    assert not cuda.serves_again("fwd", x)
+
+
+def test_the_variable_does_not_bind_operators_that_the_extension_lacks(monkeypatch):
+    monkeypatch.setenv("KDA_HF_BACKEND", "cuda")
+    assert backends.select(call(op="causal_conv1d")) == "torch"
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.kda_hf_cuda, "prefill_refusal"), reason="the CUDA extension is not built")
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ((128, 128, torch.bfloat16, torch.float32), None),
+        ((64, 128, torch.float16, torch.bfloat16), None),
+        ((128, 128, torch.float32, torch.float32), "`q`"),
+        ((96, 128, torch.bfloat16, torch.float32), "`q`"),
+        ((128, 32, torch.bfloat16, torch.float32), "`v`"),
+        ((128, 128, torch.bfloat16, torch.float16), "`initial_state`"),
+    ],
+)
+def test_what_the_extension_refuses(arguments, named):
+    reason = torch.ops.kda_hf_cuda.prefill_refusal(*arguments)
+    assert named in reason if named else reason == ""
 
 
 def test_calls_go_unchecked_only_where_they_were_served(monkeypatch):

@@ -98,7 +98,7 @@ def _binds(backend: str, call: Call) -> bool:
     altogether, and gradients are computed where they can be."""
     if backend == "fla":
         return call.op in FLA_OPERATORS
-    return backend == "torch" or (backend == "cuda" and not call.requires_grad)
+    return backend == "torch" or (backend == "cuda" and call.op in cuda.OPERATORS and not call.requires_grad)
 
 
 def select(call: Call, backend: str | None = None) -> str:

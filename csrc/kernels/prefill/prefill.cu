@@ -38,6 +38,8 @@ cudaError_t launch(const PrefillParams& params, cudaStream_t stream) {
 
 const char* prefill_refusal(const PrefillParams& params) {
   if (params.dtype == DType::kFP32) return "`q` is float32; the CUDA kernels take bfloat16 and float16";
+  if (params.state_dtype == DType::kFP16)
+    return "`initial_state` is float16; the CUDA kernels take float32 and bfloat16";
   if (params.K != 64 && params.K != 128) return "`q` has a head dimension other than 64 and 128";
   if (params.V != 64 && params.V != 128) return "`v` has a head dimension other than 64 and 128";
   if (slots(params, params.N) * params.HV > INT32_MAX) return "`q` has too many tokens for one launch";

@@ -426,6 +426,10 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
       // To the middle of the block from its start and from its end, above 1.
+      if constexpr (kGate != Gate::kSafe) {  // what `undo_first` and `undo_second` are to undo, and every sum between
+        largest = fmaxf(largest, fmaxf(fabsf(halves[u][0]), fabsf(halves[u][1])));
+        largest = fmaxf(largest, fmaxf(fabsf(halves[u][2]), fabsf(halves[u][3])));
+      }
       float undo_first[2] = {exp2_approx(-halves[u][0]), exp2_approx(-halves[u][1])};
       float undo_second[2] = {exp2_approx(-halves[u][2]), exp2_approx(-halves[u][3])};
       uint32_t rows_q[4], rows_k[4], columns[4];
@@ -438,7 +442,6 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float middle = from_middle[u][2 * half + e];
-          if constexpr (kGate != Gate::kSafe) largest = fmaxf(largest, fabsf(middle));
           from_start[e] = exp2_approx(middle + halves[u][e]);
           float to_end = exp2_approx(halves[u][2 + e] - middle);
           q_start[e] = qv[e] * from_start[e];
