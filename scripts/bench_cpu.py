@@ -1,12 +1,13 @@
 """Times the PyTorch backend on the CPU against the PyTorch path of transformers' `kimi_linear`, in one run.
 
-Three comparisons: `chunk_kda` over a prompt, `recurrent_kda` over one token, and a whole layer over one token with its
-cache. Both sides take turns, so that what else runs on the machine slows both.
+`chunk_kda` over a prompt, `recurrent_kda` over one token, and a whole layer over one token with its cache. Both
+sides take turns, so that what else runs on the machine slows both.
 """
 
 import argparse
 import datetime
 import functools
+import inspect
 import json
 import os
 import platform
@@ -49,7 +50,14 @@ def inputs(args: argparse.Namespace, tokens: int) -> tuple[torch.Tensor, ...]:
     return q, k, torch.randn(shape), 2 * args.decay * torch.rand(shape), torch.rand(shape[:-1])
 
 
-def layer_steps(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
+def use_native_operators() -> None:
+    """transformers' layer on its own PyTorch code: where FLA is installed it calls FLA's kernels, on a CPU too."""
+    for name, function in inspect.getmembers(modeling_kimi_linear, inspect.isfunction):
+        if name.endswith("_kimi_delta_attention") or name.startswith("causal_conv1d"):
+            setattr(modeling_kimi_linear, name, inspect.unwrap(function))
+
+
+def layer_steps(args: argparse.Namespace, max_rollback: int) -> dict[str, Callable[[], object]]:
     """A cached token through transformers' layer and through ours: softplus gate, random weights, hidden size H · K."""
     hidden = args.heads * args.dim
     fields = {
@@ -65,7 +73,7 @@ def layer_steps(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
         modeling_kimi_linear.KimiLinearDeltaAttention(native_config, 0),
         DynamicCache(config=native_config),
     )
-    ours, our_cache = KimiDeltaAttention(config, 0), KDACache(config)
+    ours, our_cache = KimiDeltaAttention(config, 0), KDACache(config, max_rollback=max_rollback)
     for parameter in (*native.parameters(), *ours.parameters()):
         torch.nn.init.normal_(parameter, std=0.02)
     # transformers renamed the argument, so it gets its cache by position.
@@ -104,6 +112,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
+    use_native_operators()
 
     prompt, token = inputs(args, args.tokens), inputs(args, 1)
     state = torch.randn(args.batch, args.heads, args.dim, args.dim)
@@ -123,7 +132,9 @@ def main() -> None:
             },
             100 * args.repeats,
         ),
-        "decode step of a layer": medians(layer_steps(args), 100 * args.repeats),
+        # as `generate()` keeps its cache, and as one that can be cropped
+        "decode step of a layer": medians(layer_steps(args, max_rollback=0), 100 * args.repeats),
+        "decode step of a layer with history": medians(layer_steps(args, max_rollback=64), 100 * args.repeats),
     }
     device = f"{processor()}, {args.threads} threads"
     print(f"{device}; fp32, B={args.batch} T={args.tokens} H={args.heads} K=V={args.dim}, medians; ", end="")
