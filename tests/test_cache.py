@@ -247,6 +247,28 @@ def test_a_verified_block_is_undone_without_running_the_whole_history(make_cache
     check(cache, tokens[:32])
 
 
+def test_decoding_token_by_token_runs_nothing_again(make_cache):
+    def replay(*args):
+        raise AssertionError("a token was run again")
+
+    cache, tokens = make_cache(), Tokens(1, 10 * ROLLBACK)
+    for t in range(len(tokens)):
+        feed(cache, tokens[t : t + 1], replay)
+    check(cache, tokens)
+
+
+def test_padding_of_before_a_reset_is_forgotten(make_cache):
+    cache, old, new = make_cache(), Tokens(2, ROLLBACK), Tokens(2, 3)
+    old.valid = torch.zeros(2, ROLLBACK, dtype=torch.bool)
+    feed(cache, old)
+    cache.reset()
+    feed(cache, new)  # no mask, so these tokens are valid, as the next block's mask makes the replay see
+    block = Tokens(2, 1, padded=True)
+    feed(cache, block)
+    cache.crop(-2)
+    check(cache, new[:2])
+
+
 def test_updates_without_record_cannot_be_cropped(make_cache):
     cache, tokens = make_cache("pure"), Tokens(1, 2)
     feed(cache, tokens)
