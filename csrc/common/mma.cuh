@@ -92,17 +92,13 @@ __device__ __forceinline__ void wgmma_rs(float (&c)[N / 2], const uint32_t* a, u
                       a[2], a[3], b);
 }
 
-// The same with both operands in shared memory, of type Element (__half or __nv_bfloat16).
-template <class Element, int N, Major kMajorA, Major kMajorB>
-__device__ __forceinline__ void wgmma_ss(float (&c)[N / 2], uint64_t a, uint64_t b, bool accumulate = true) {
+// The same for N = 64 with both operands in shared memory, of type Element (__half or __nv_bfloat16).
+template <class Element, Major kMajorA, Major kMajorB>
+__device__ __forceinline__ void wgmma_ss(float (&c)[32], uint64_t a, uint64_t b, bool accumulate = true) {
   using namespace cute::SM90::GMMA;
-  constexpr bool kHalf = std::is_same_v<Element, __half>;
-  using Atom64 = std::conditional_t<kHalf, MMA_64x64x16_F32F16F16_SS<kMajorA, kMajorB>,
-                                    MMA_64x64x16_F32BF16BF16_SS<kMajorA, kMajorB>>;
-  using Atom128 = std::conditional_t<kHalf, MMA_64x128x16_F32F16F16_SS<kMajorA, kMajorB>,
-                                     MMA_64x128x16_F32BF16BF16_SS<kMajorA, kMajorB>>;
-  using Atom = std::conditional_t<N == 64, Atom64, Atom128>;
-  detail::wgmma<Atom>(std::make_index_sequence<N / 2>{}, c, accumulate ? ScaleOut::One : ScaleOut::Zero, a, b);
+  using Atom = std::conditional_t<std::is_same_v<Element, __half>, MMA_64x64x16_F32F16F16_SS<kMajorA, kMajorB>,
+                                  MMA_64x64x16_F32BF16BF16_SS<kMajorA, kMajorB>>;
+  detail::wgmma<Atom>(std::make_index_sequence<32>{}, c, accumulate ? ScaleOut::One : ScaleOut::Zero, a, b);
 }
 
 // Keeps the compiler from moving reads and writes of these registers across a point where WGMMA uses them.

@@ -263,6 +263,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
   const int head = blockIdx.x % p.HV, slot = blockIdx.x / p.HV;
   const BlockAddress block_address;
 
+  // Tokens after the last sequence: their output is zero.
   if (p.cu_seqlens != nullptr && p.first_sequence + p.sequences == p.N) {
     const int covered = bound(p, p.N);
     for (int row = thread; row < kChunk; row += kPrepareThreads) {
@@ -671,7 +672,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
     const uint64_t kd = descriptor_mn_major(smem_address(key + side * kHalfBytes));
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      wgmma_ss<__half, 64, Major::K, Major::MN>(w, advance(xd, j * 32), advance(kd, j * 16 * kRowBytes), j > 0);
+      wgmma_ss<__half, Major::K, Major::MN>(w, advance(xd, j * 32), advance(kd, j * 16 * kRowBytes), j > 0);
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<0>();
     fence_registers(w);
@@ -705,10 +706,10 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
     const uint64_t low = descriptor_k_major(smem_address(smem + Smem::kXLow));
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      wgmma_ss<Element, 64, Major::MN, Major::K>(u, advance(vd, j * 16 * kRowBytes), advance(low, j * 32), j > 0);
+      wgmma_ss<Element, Major::MN, Major::K>(u, advance(vd, j * 16 * kRowBytes), advance(low, j * 32), j > 0);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      wgmma_ss<Element, 64, Major::MN, Major::K>(u, advance(vd, j * 16 * kRowBytes), advance(high, j * 32));
+      wgmma_ss<Element, Major::MN, Major::K>(u, advance(vd, j * 16 * kRowBytes), advance(high, j * 32));
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<0>();
     fence_registers(u);
