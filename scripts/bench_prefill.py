@@ -414,7 +414,6 @@ def main() -> None:
     torch.manual_seed(args.seed)
     print(f"seed {args.seed}")
 
-    os.environ["KDA_HF_CUDA_TRIAL"] = "1"
     reason = next(row["reason"] for row in ops.backend_report("fwd", device="cuda") if row["backend"] == "cuda")
     if reason:
         raise SystemExit(f"the CUDA backend cannot serve: {reason}")

@@ -1,14 +1,11 @@
 """One call of the prefill kernels for each instance and each kind of sequence, small: scripts/sanitize.sh runs it."""
 
 import itertools
-import os
 
 import torch
 
 from kda_hf import ops
 
-
-os.environ["KDA_HF_CUDA_TRIAL"] = "1"
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = ((128, 128), (64, 64), (128, 64), (64, 128))

@@ -17,7 +17,6 @@ def fresh(monkeypatch):
     """No variable set, nothing said yet, neither the extension nor FLA."""
     for variable in ("KDA_HF_BACKEND", "FLA_FLASH_KDA"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv(cuda.TRIAL, "1")
     monkeypatch.setattr(backends, "_logged", set())
     monkeypatch.setattr(cuda, "_unavailable", "the CUDA extension is not built")
     monkeypatch.setattr(cuda, "_served", set())
@@ -122,20 +121,6 @@ def test_cuda_refuses_other_devices(monkeypatch, capability):
     else:
         with pytest.raises(RuntimeError, match=f"on cuda:0: GPU X is sm_{capability[0]}0, .*sm_90a"):
             backends.select(call(), "cuda")
-
-
-def test_kernels_on_trial_serve_only_where_they_are_asked_for(monkeypatch):
-    monkeypatch.setattr(cuda, "_unavailable", None)
-    monkeypatch.setattr(cuda, "_refused_by_kernel", lambda *args: None, raising=False)
-    monkeypatch.setattr(cuda, "_refused_by_device", lambda index: None)
-    assert backends.select(call(device=GPU)) == "cuda"
-    monkeypatch.delenv(cuda.TRIAL)
-    assert backends.select(call(device=GPU)) == "torch"
-    with pytest.raises(RuntimeError, match=f"{cuda.TRIAL}=1"):
-        backends.select(call(device=GPU), "cuda")
-    x = torch.randn(1, 2, 1, 4)
-    cuda.note_served("fwd", x)
-    assert not cuda.serves_again("fwd", x)
 
 
 def test_the_variable_does_not_bind_operators_that_the_extension_lacks(monkeypatch):

@@ -58,6 +58,9 @@ struct PrefillParams {
 
   // Set by `prefill`, which launches for a range of sequences at a time where records of all would need too much room.
   int first_sequence, sequences;
+  int segments;      // CTAs that share a chain of chunks
+  float* retention;  // in the workspace: see record.cuh; null where nobody asks
+  int slots;
 };
 
 // Bytes of workspace that a call needs: from shapes, dtypes and num_sms, on the host.

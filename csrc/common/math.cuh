@@ -22,10 +22,23 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
+__device__ __forceinline__ float rsqrt_approx(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float log2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// The larger one; a NaN if either is one.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
 }
 
 // 2^e as a float; 0 below the normal range, and never infinite.
@@ -45,16 +58,9 @@ __device__ __forceinline__ uint32_t warp_max(uint32_t bits) {
   return result;
 }
 
-// Round to the 10 mantissa bits of tf32.
-__device__ __forceinline__ uint32_t to_tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
-}
-
-// The same in one instruction, for values whose NaN reaches the result by another way: this one may lose it. (The tensor
-// cores ignore the low 13 bits.)
-__device__ __forceinline__ uint32_t to_tf32_without_nan(float x) { return __float_as_uint(x) + 0x1000u; }
+// Rounded to the 10 mantissa bits of tf32, for the tensor cores, which ignore the other 13 bits. A NaN may get lost: for
+// values whose NaN reaches the result by another way.
+__device__ __forceinline__ uint32_t to_tf32(float x) { return __float_as_uint(x) + 0x1000u; }
 
 // Pairs of 16-bit numbers in a register, the first in the low half. `Element` is __half or __nv_bfloat16.
 template <class Element>

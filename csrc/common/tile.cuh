@@ -1,15 +1,18 @@
 // Shared-memory tiles and the ways in and out of them.
 #pragma once
 
+#include <cuda.h>
 #include <cutlass/arch/barrier.h>
 #include <cute/arch/copy_sm75.hpp>
-#include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "mma.cuh"
 
 namespace kda {
+
+using Barrier = cutlass::arch::ClusterBarrier;
+using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
 
 // Byte offset of 16-byte chunk `chunk` (8 elements) of row `row` in a tile of 64 rows of 16-bit elements: halves of 64
 // columns one after the other, 128-byte rows, chunks swizzled as WGMMA's 128-byte mode wants them.
@@ -37,9 +40,54 @@ class BlockAddress {
   int base;
 };
 
+// The same as B operand of m16n8k16, tokens as n: registers 0 and 1 are rows 0..7, registers 2 and 3 rows 8..15.
+class ColumnAddress {
+ public:
+  __device__ __forceinline__ ColumnAddress() {
+    int lane = threadIdx.x & 31;
+    base = ((lane & 7) + (lane >> 4) * 8) * kRowBytes + (((lane >> 3 & 1) ^ (lane & 7)) << 4);
+  }
+  __device__ __forceinline__ int operator()(int row_block, int column_block) const {
+    return (base ^ (column_block & 3) << 5) + (column_block >> 2) * kHalfBytes + row_block * 16 * kRowBytes;
+  }
+
+ private:
+  int base;
+};
+
+// Half of such a block, 16 rows of 8 columns: two matrices.
+class StripeAddress {
+ public:
+  __device__ __forceinline__ StripeAddress() {
+    int row = threadIdx.x & 15;
+    base = row * kRowBytes + ((row & 7) << 4);
+  }
+  // Rows 16 * row_block.. and columns 8 * chunk.. of the tile.
+  __device__ __forceinline__ int operator()(int row_block, int chunk) const {
+    return (base ^ (chunk & 7) << 4) + (chunk >> 3) * kHalfBytes + row_block * 16 * kRowBytes;
+  }
+
+ private:
+  int base;
+};
+
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const char* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(smem_address(p))
+               : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[2], const char* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(smem_address(p))
+               : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[2], const char* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
                : "r"(smem_address(p))
                : "memory");
 }
@@ -57,20 +105,40 @@ __device__ __forceinline__ void store_matrices(char* p, uint32_t r0, uint32_t r1
                : "memory");
 }
 
+__device__ __forceinline__ void store_matrices(char* p, uint32_t r0, uint32_t r1) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(smem_address(p)), "r"(r0), "r"(r1)
+               : "memory");
+}
+
 __device__ __forceinline__ void store_matrices_transposed(char* p, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(p)), "r"(r0),
                "r"(r1), "r"(r2), "r"(r3)
                : "memory");
 }
 
-// 16 bytes from global to shared memory, asynchronously; zeros if not `valid`, and then `source` is not read.
-__device__ __forceinline__ void copy_async_16(char* destination, const void* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(destination)), "l"(source),
-               "r"(valid ? 16 : 0)
-               : "memory");
+// The 16 × 16 block of halves at `p` times d: two channels for the first 8 columns, two for the others, as the fragments have
+// them.
+__device__ __forceinline__ void scale_block(char* p, const uint32_t (&d)[2]) {
+  uint32_t r[4];
+  load_matrices(r, p);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) r[i] = multiply_half2(r[i], d[i >> 1]);
+  store_matrices(p, r[0], r[1], r[2], r[3]);
 }
 
-__device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Zeros in rows first..63 of a tile of `columns` columns.
+__device__ __forceinline__ void clear_rows(char* tile, int columns, int first, int thread, int threads) {
+  for (int i = first * 8 + thread; i < 64 * 8; i += threads)
+    for (int half = 0; half < columns / 64; ++half)
+      *reinterpret_cast<uint4*>(tile + half * kHalfBytes + i * 16) = uint4{};
+}
+
+// 64 rows of 128 bytes, from column `column` of tokens token.. of a head, swizzled. Zeros for rows beyond the tensor.
+__device__ __forceinline__ void load_tile(const CUtensorMap* map, uint64_t* barrier, char* destination, int column,
+                                          int head, int token, int batch) {
+  cute::SM90_TMA_LOAD_4D::copy(map, barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST), destination,
+                               column, head, token, batch);
+}
 
 // Has the 128-byte line on its way to L2.
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }

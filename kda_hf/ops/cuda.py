@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 EXTENSION = Path(__file__).parents[1] / "_C.abi3.so"
 OPERATORS = ("fwd", "chunk_kda")
-# Until the outputs of sequences of 65536 tokens are as exact as those of shorter ones (docs/prefill_kernel.md), nobody
-# gets the kernels unasked.
-TRIAL = "KDA_HF_CUDA_TRIAL"
 WIDTHS = (64, 128)  # of K and V
 CAPABILITY = (9, 0)  # the kernels are of sm_90a, which runs on this one only
 REFUSED = "kda_hf refuses: "  # how the message starts where the extension has written nothing
@@ -86,8 +83,6 @@ def refusal(call: "Call") -> str | None:
         return f"the tensors are on {call.device}"
     if _unavailable is not None:
         return _unavailable
-    if os.environ.get(TRIAL) != "1":
-        return f"the kernels are on trial: set {TRIAL}=1 to use them"
     if call.extension_refusal is not None:
         return call.extension_refusal
     if call.requires_grad:
@@ -118,7 +113,6 @@ def serves_again(op: str, q: Any) -> bool:
         not torch.compiler.is_compiling()
         and type(q) is torch.Tensor
         and (op, q.get_device()) in _served
-        and os.environ.get(TRIAL) == "1"
         and os.environ.get("FLA_FLASH_KDA") != "0"
         and os.environ.get("KDA_HF_BACKEND", "auto") in ("auto", "cuda")
         and os.environ.get("KDA_HF_CHECK") != "1"

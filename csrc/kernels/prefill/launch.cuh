@@ -22,9 +22,9 @@ cudaError_t allow_shared_memory(int bytes) {
 }
 
 // With `overlap`, the kernel may start while the one before it is still running (programmatic dependent launch).
-template <auto Kernel>
-cudaError_t launch(const PrefillParams& params, int64_t ctas, int threads, int smem_bytes, bool overlap,
-                   cudaStream_t stream) {
+template <auto Kernel, class... Arguments>
+cudaError_t launch(int64_t ctas, int threads, int smem_bytes, bool overlap, cudaStream_t stream,
+                   const Arguments&... arguments) {
   if (cudaError_t error = allow_shared_memory<Kernel>(smem_bytes); error != cudaSuccess) return error;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -36,17 +36,19 @@ cudaError_t launch(const PrefillParams& params, int64_t ctas, int threads, int s
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = overlap ? 1 : 0;
-  return cudaLaunchKernelEx(&config, Kernel, params);
+  return cudaLaunchKernelEx(&config, Kernel, arguments...);
 }
 
 template <class Element, int K, Gate kGate>
 cudaError_t launch_prepare(const PrefillParams& params, cudaStream_t stream) {
-  const int64_t records = slots(params, params.sequences) * params.HV;
+  const int64_t records = static_cast<int64_t>(params.slots) * params.HV;
+  PrepareMaps maps;
+  if (cudaError_t error = make_maps(params, maps); error != cudaSuccess) return error;
   if (params.g_dtype == DType::kFP32)
-    return launch<prepare<Element, K, kGate, true>>(params, records, kPrepareThreads, PrepareSmem<K, true>::kBytes,
-                                                    false, stream);
-  return launch<prepare<Element, K, kGate, false>>(params, records, kPrepareThreads, PrepareSmem<K, false>::kBytes,
-                                                   false, stream);
+    return launch<prepare<Element, K, kGate, true>>(records, kPrepareThreads, PrepareSmem<K, true>::kBytes, false,
+                                                    stream, params, maps);
+  return launch<prepare<Element, K, kGate, false>>(records, kPrepareThreads, PrepareSmem<K, false>::kBytes, false,
+                                                   stream, params, maps);
 }
 
 template <class Element, int K>
@@ -55,12 +57,12 @@ cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream) {
                       : params.gate == Gate::kSoftplus ? launch_prepare<Element, K, Gate::kSoftplus>(params, stream)
                                                        : launch_prepare<Element, K, Gate::kNone>(params, stream);
   if (error != cudaSuccess) return error;
-  // With few chains, more SMs serve one: 64 value channels each.
+  // With few chains, more SMs serve one: 64 value channels each, and segments of its chunks.
   const int64_t chains = static_cast<int64_t>(params.sequences) * params.HV;
   if (params.V == 128 && 2 * chains > params.num_sms)
-    return launch<recurrence<Element, K, 2>>(params, chains, 384, RecurrenceSmem<K, 2>::kBytes, true, stream);
-  return launch<recurrence<Element, K, 1>>(params, chains * (params.V / 64), 256, RecurrenceSmem<K, 1>::kBytes, true,
-                                           stream);
+    return launch<recurrence<Element, K, 2>>(chains, 384, RecurrenceSmem<K, 2>::kBytes, true, stream, params);
+  return launch<recurrence<Element, K, 1>>(chains * (params.V / 64) * params.segments, 256,
+                                           RecurrenceSmem<K, 1>::kBytes, true, stream, params);
 }
 
 }  // namespace kda

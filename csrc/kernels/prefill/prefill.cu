@@ -14,6 +14,15 @@ int64_t record_bytes(const PrefillParams& params) {
   return params.HV * static_cast<int64_t>(params.K == 64 ? Record<64>::kBytes : Record<128>::kBytes);
 }
 
+int64_t retention_bytes(const PrefillParams& params) { return 2 * params.HV * sizeof(float); }
+
+// CTAs that may share a chain: as many as SMs are left over for it.
+int segments_of(const PrefillParams& params, int64_t sequences) {
+  const int64_t ctas = sequences * params.HV * (params.V / 64), chunks = (params.T + kChunk - 1) / kChunk;
+  return chunks > kMaxPlannedChunks ? 1
+                                    : static_cast<int>(std::max<int64_t>(std::min(params.num_sms / ctas, chunks), 1));
+}
+
 // Sequences of one launch: as many as keep the records within twice the inputs, since a short sequence takes as much room
 // as one of 64 tokens. Never so few that launches get in the way.
 int64_t sequences_at_a_time(const PrefillParams& params) {
@@ -42,12 +51,13 @@ const char* prefill_refusal(const PrefillParams& params) {
     return "`initial_state` is float16; the CUDA kernels take float32 and bfloat16";
   if (params.K != 64 && params.K != 128) return "`q` has a head dimension other than 64 and 128";
   if (params.V != 64 && params.V != 128) return "`v` has a head dimension other than 64 and 128";
-  if (slots(params, params.N) * params.HV > INT32_MAX) return "`q` has too many tokens for one launch";
+  if (slots_for(params, params.N) * params.HV > INT32_MAX) return "`q` has too many tokens for one launch";
   return nullptr;
 }
 
 size_t prefill_workspace_bytes(const PrefillParams& params) {
-  return slots(params, sequences_at_a_time(params)) * record_bytes(params);
+  const int64_t sequences = sequences_at_a_time(params), slots = slots_for(params, sequences);
+  return slots * (record_bytes(params) + (segments_of(params, sequences) > 1 ? retention_bytes(params) : 0));
 }
 
 cudaError_t prefill(const PrefillParams& given, cudaStream_t stream) {
@@ -55,6 +65,11 @@ cudaError_t prefill(const PrefillParams& given, cudaStream_t stream) {
   const int step = static_cast<int>(sequences_at_a_time(params));
   for (params.first_sequence = 0; params.first_sequence < params.N; params.first_sequence += step) {
     params.sequences = std::min(step, params.N - params.first_sequence);
+    params.slots = static_cast<int>(slots_for(params, params.sequences));
+    params.segments = segments_of(params, params.sequences);
+    if (params.segments > 1)
+      params.retention =
+          reinterpret_cast<float*>(static_cast<char*>(params.workspace) + params.slots * record_bytes(params));
     if (cudaError_t error = launch(params, stream); error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -1,27 +1,31 @@
 // All that a chunk needs besides the state: one CTA of eight warps makes the record of one chunk and value head.
 //
 // Data flow
-//   1. A pair of warps takes a block of 16 tokens, half of the channels each, and 16 channels at a time: gate → log-decay
-//      (base 2) → sums over tokens by a product with a 0/±1 matrix → decays by ex2. q^ and k^ decayed from the start of
-//      the block, and k^ decayed to its end, replace the q, k and g tiles as fp16: all factors are ≤ 1.
-//      The diagonal 16 × 16 blocks of A and P are multiplied in tf32 with the middle of the block as reference, where
-//      factors reach 2^60; a block whose decays leave that range is done again by `exact_diagonal`, for which no gate is
+//   1. A pair of warps, one of each warpgroup, takes a block of 16 tokens, half of the channels each, 16 at a time: gate →
+//      log-decay (base 2) → sums over tokens by products with 0/1 matrices → decays by ex2. q^ and k^ decayed from the
+//      start of the block, and k^ decayed to its end, replace the q, k and g tiles as fp16: all factors are ≤ 1.
+//      The diagonal 16 × 16 blocks of A and P are multiplied in tf32 with the start of the block as reference, where
+//      factors reach 2^116; a block whose decays leave that range is done again by `exact_diagonal`, for which no gate is
 //      too steep.
-//   2. The first warp of a pair (warps 0-3) multiplies the block's rows of q, the second (warps 4-7) those of k, with the
-//      blocks of columns before it, nearest first; between two of them the rows take on the decay of the block in
-//      between. What is left at the end is Q and K^+, relative to the chunk's start.
-//   3. (I + A)^-1 by warps 0-3: the diagonal blocks by substitution in fp32, one column a lane; then a block column a
-//      warp, in tf32. Warps 4-7 make Kr and fetch v.
+//   2. The blocks below the diagonal, those of P by the first warpgroup and of A by the second: (1, 0) and (3, 2) as they
+//      are, (2..3, 0..1) relative to the middle of the chunk.
+//   3. The first warpgroup makes X = (I + A)^-1: the diagonal blocks by substitution in fp32, one column a lane; then a
+//      block column a warp, in tf32. The second decays q and k to Q and K^+, relative to the chunk's start, and Kr.
 //   4. W and Uᵀ by WGMMA, half of the columns a warpgroup. U multiplies v itself (bf16 or fp16) with X in two parts of v's
 //      type, so that it keeps fp32's range and 16 bits.
 //
+// The tensor cores cut fp32 numbers off after tf32's 10 bits. In 1. nothing is rounded before: on average that takes
+// 0.72 · 2^-11 off, which constants give back (kTruncation); what is left is as large as an error of rounding. In 3. it is
+// rounded, since where keys are alike the same number comes again and again.
+//
 // Shared memory (K = 128): four regions of 16 KB
-//   query    q → q^ decayed from the block's start → Q → X of U, low part
+//   query    q → q^ decayed from the block's start → Q → v
 //   key      k → k^ decayed from the block's start → K^+ → W
 //   gate     g → k^ decayed to the block's end → Kr → X of W | X of U, high part
-//   value    A and its inverse, fp32 → v
+//   value    sums that warps exchange → A and its inverse, fp32 → X of U, low part
 #pragma once
 
+#include "maps.h"
 #include "record.cuh"
 
 namespace kda {
@@ -30,112 +34,151 @@ constexpr int kPrepareThreads = 256;
 // CTAs that an SM holds at a time: as many as its shared memory lets it, and its registers without spilling.
 template <class Element, int K, Gate kGate, bool kFloatGate>
 constexpr int prepare_ctas() {
-  constexpr bool kFewRegisters = kGate == Gate::kSafe || std::is_same_v<Element, __nv_bfloat16>;
+  constexpr bool kFewRegisters =
+      kGate == Gate::kSafe || (kGate == Gate::kSoftplus && std::is_same_v<Element, __nv_bfloat16>);
   return K == 128 && !kFloatGate && kFewRegisters ? 3 : 2;
 }
-constexpr float kMaxFactored = 60.0f;    // |log2| of a factor in a diagonal block; the safe gate stays under 58
-constexpr float kLowestDecay = -192.0f;  // log2; its power is 0 in fp32, and so is that of anything below
+constexpr int kStagger = 2500;            // ns
+constexpr int kPair = 1, kWarpgroup = 5;  // named barriers: four and two
+constexpr float kMaxFactored = 116.0f;    // |log2| of a factor in a diagonal block; the safe gate stays under it
+constexpr float kLowestDecay = -192.0f;   // log2; its power is 0 in fp32, and so is that of anything below
+constexpr float kTruncation = 1.0f + 0.7213f / 2048.0f;
+constexpr float kTwoTruncations = kTruncation * kTruncation;  // of a product
+
+// What only the later steps need: registers are scarce.
+struct Place {
+  char* out;  // the record
+  int batch, token, head, valid;
+};
 
 template <int K, bool kFloatGate>
 struct PrepareSmem {
   static constexpr int kTile = kChunk * K * 2;
-  static constexpr int kQuery = 0;
-  static constexpr int kKey = kQuery + kTile;
-  static constexpr int kGate = kKey + kTile;
-  static constexpr int kValue = kGate + kTile;
+  static constexpr int kRegion = 16384;
   static constexpr int kXTile = kChunk * kChunk * 2;
+  static constexpr int kQuery = 0;
+  static constexpr int kKey = kQuery + kRegion;
+  static constexpr int kGate = kKey + kTile;
+  static constexpr int kValue = kGate + kRegion;
   static constexpr int kXOfW = kGate;
-  static constexpr int kXHigh = K == 128 ? kGate + kXTile : kQuery;
-  static constexpr int kXLow = K == 128 ? kQuery : kValue + 16384;
-  static constexpr int kFloatGateTile = kValue + 16384 + (K == 128 ? 0 : kXTile);
+  static constexpr int kXHigh = kGate + kXTile;
+  static constexpr int kXLow = kValue;
+  static constexpr int kFloatGateTile = kValue + kRegion;
   static constexpr int kBlockDecay = kFloatGateTile + (kFloatGate ? kChunk * K * 4 : 0);  // float [4][K]
-  static constexpr int kBlockDecayHalf = kBlockDecay + 4 * K * 4;                         // half [4][K]
-  static constexpr int kRestDecayHalf = kBlockDecayHalf + 4 * K * 2;                      // half [3][K]
-  static constexpr int kBias = kRestDecayHalf + 3 * K * 2;                                // float [K]: of the gate
-  static constexpr int kBetaW = kBias + K * 4;                                            // float [64]: β n²
-  static constexpr int kBetaU = kBetaW + kChunk * 4;                                      // float [64]: β n
-  static constexpr int kOutOfRange = kBetaU + kChunk * 4;  // int [2][4]: whether a warp saw decays beyond kMaxFactored
-  static constexpr int kBytes = kOutOfRange + 32;
+  static constexpr int kBlockDecayHalf = kBlockDecay + 4 * K * 4;  // half [3][K]: ones, blocks 1, 2
+  static constexpr int kFromStart = kBlockDecayHalf + 3 * K * 2;   // half [3][K]: to the start of blocks 1, 2, 3
+  static constexpr int kToEnd = kFromStart + 3 * K * 2;            // half [3][K]: from the end of blocks 0, 1, 2
+  static constexpr int kBias = kToEnd + 3 * K * 2;                 // float [K]: of the gate
+  static constexpr int kBeta = kBias + K * 4;                      // float [64]
+  static constexpr int kScale = kBeta + kChunk * 4;                // float [64]: scale m
+  static constexpr int kBetaW = kScale + kChunk * 4;               // float [64]: β n²
+  static constexpr int kBetaU = kBetaW + kChunk * 4;               // float [64]: β n
+  static constexpr int kNorms = kBetaU + kChunk * 4;               // float [q, k][64]
+  static constexpr int kSquares = kNorms + kChunk * 8;             // float [2 halves of the channels][q, k][64]
+  static constexpr int kSlowest =
+      kSquares + kChunk * 16;  // uint [2][64]: log-decay of a token's slowest channel, its bits
+  static constexpr int kOutOfRange =
+      kSlowest + kChunk * 8;                           // int [2][4]: whether a warp saw decays beyond kMaxFactored
+  static constexpr int kRetention = kOutOfRange + 32;  // float [2]: see record.cuh
+  static constexpr int kBarriers = kRetention + 8;     // of q, k and g; of v
+  static constexpr int kPlace = kBarriers + 16;        // Place
+  static constexpr int kBytes = kPlace + sizeof(Place);
 };
+
+// threadIdx.x, read anew: where registers are scarce, the compiler would rather spill it.
+__device__ __forceinline__ int this_thread() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 
 // Log-decay in base 2 from what the caller gave, for one channel. `bias` has gone through `prepare_bias`.
 template <Gate kGate>
 struct GateFunction {
-  float rate;         // exp(A_log)
-  float lower_bound;  // in base 2
+  float minus_rate;   // -exp(A_log), times log2(e) for the safe gate and kTruncation for softplus
+  float lower_bound;  // in base 2, times kTruncation
 
   __device__ __forceinline__ float prepare_bias(float bias) const {
-    return kGate == Gate::kSafe ? bias * (-rate * kLog2E) : bias;
+    return bias * (kGate == Gate::kSafe ? minus_rate : kLog2E);
   }
 
   __device__ __forceinline__ float operator()(float x, float bias) const {
     if constexpr (kGate == Gate::kSafe) {
-      return lower_bound * reciprocal_approx(1.0f + exp2_approx(fmaf(x, -rate * kLog2E, bias)));
+      return lower_bound * reciprocal_approx(1.0f + exp2_approx(fmaf(x, minus_rate, bias)));
+    } else if constexpr (kGate == Gate::kNone) {
+      return max_or_nan(x * (kLog2E * kTruncation), kLowestDecay);
     } else {
-      float y;
-      if constexpr (kGate == Gate::kNone) {
-        y = x * kLog2E;
-      } else {
-        float z = x + bias;
-        float e = exp2_approx(-fabsf(z) * kLog2E);
-        // log1p(e): the rounding of 1 + e would lose the small e of a mild gate.
-        float series = e * (1.0f - e * (0.5f - e * (0.33333333f - 0.25f * e))) * kLog2E;
-        float log1p = e < 0.015625f ? series : log2_approx(1.0f + e);
-        y = -rate * (fmaxf(z, 0.0f) * kLog2E + log1p);
-      }
-      return y < kLowestDecay ? kLowestDecay : y;  // keeps a NaN
+      const float z = fmaf(x, kLog2E, bias);
+      const float e = exp2_approx(-fabsf(z));
+      // log2(1 + e): the rounding of 1 + e would lose the small e of a mild gate.
+      const float series = e * (kLog2E - e * (0.5f * kLog2E - e * (kLog2E / 3.0f)));
+      const float log1p = e < 0.0078125f ? series : log2_approx(1.0f + e);
+      return max_or_nan(minus_rate * (fmaxf(z, 0.0f) + log1p), kLowestDecay);
     }
   }
 };
 
-// Sums of log-decays over the tokens of a block, from the middle of the block outwards: products with matrices of 0 and
-// ±1 in tf32. Rounding a log-decay to tf32 changes the decay by 2^-12 of its logarithm, the same in all that follows.
+// Sums of log-decays over the tokens of a block: products with matrices of zeros and ones in tf32. Cutting a log-decay
+// to tf32 changes the decay by 2^-11 of its logarithm at most, the same in all that follows.
 class DecaySum {
  public:
   __device__ __forceinline__ DecaySum() {
-    int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
-    constexpr uint32_t kOne = 0x3f800000, kMinusOne = 0xbf800000;
-    matrices[0][0] = 2 * t > g ? kMinusOne : 0;
-    matrices[0][2] = 2 * t + 1 > g ? kMinusOne : 0;
-    matrices[1][1] = 2 * t <= g ? kOne : 0;
-    matrices[1][3] = 2 * t + 1 <= g ? kOne : 0;
-    matrices[2][0] = matrices[2][2] = matrices[3][1] = matrices[3][3] = kOne;
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+    constexpr uint32_t kOne = 0x3f800000;
 #pragma unroll
-    for (int m = 0; m < 4; ++m)
+    for (int e = 0; e < 2; ++e) {
+      const uint32_t up_to = 2 * t + e <= g ? kOne : 0;
+      const uint32_t columns[3][2] = {{up_to, kOne}, {0, up_to}, {kOne, kOne}};
+#pragma unroll
+      for (int m = 0; m < 3; ++m) {
+        matrices[m][2 * e] = columns[m][0];
+        matrices[m][2 * e + 1] = columns[m][1];
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < 3; ++m)
 #pragma unroll
       for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(matrices[m][i]));  // else made anew at every use
   }
 
   // `decay` holds tokens 2t, 2t+1, 2t+8, 2t+9 of channel g. On return, in the order of an accumulator (token g or g + 8,
-  // channels 2t and 2t+1): `from_middle` is Σ over 8..i for token i ≥ 8 and -Σ over i+1..7 for i < 8; halves[0..1] is
-  // the sum over tokens 0..7 and halves[2..3] that over tokens 8..15.
-  __device__ __forceinline__ void operator()(const float (&decay)[4], float (&from_middle)[4],
-                                             float (&halves)[4]) const {
-    const uint32_t d[4] = {to_tf32(decay[0]), to_tf32(decay[1]), to_tf32(decay[2]), to_tf32(decay[3])};
+  // channels 2t and 2t+1): the sums up to the token, and over all.
+  __device__ __forceinline__ void operator()(const float (&decay)[4], float (&up_to)[4], float (&whole)[4]) const {
+    const uint32_t d[4] = {__float_as_uint(decay[0]), __float_as_uint(decay[1]), __float_as_uint(decay[2]),
+                           __float_as_uint(decay[3])};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) from_middle[i] = halves[i] = 0.0f;
-    mma_tf32(from_middle, matrices[0], d[0], d[1]);
-    mma_tf32(halves, matrices[2], d[0], d[1]);
-    mma_tf32(from_middle, matrices[1], d[2], d[3]);
-    mma_tf32(halves, matrices[3], d[2], d[3]);
+    for (int i = 0; i < 4; ++i) up_to[i] = whole[i] = 0.0f;
+    mma_tf32(up_to, matrices[0], d[0], d[1]);
+    mma_tf32(whole, matrices[2], d[0], d[1]);
+    mma_tf32(up_to, matrices[1], d[2], d[3]);
+    mma_tf32(whole, matrices[2], d[2], d[3]);
   }
 
  private:
-  // As A operands: -1 for the tokens after one of 0..7; 1 for those of 8..15 up to one of these; all of 0..7 for each of
-  // them; all of 8..15.
-  uint32_t matrices[4][4] = {};
+  // As A operands: tokens 0..7 and 8..15 up to one of the block, and 8 tokens.
+  uint32_t matrices[3][4];
 };
 
 // The diagonal block of A / β or (`of_p`) of P without factors above 1, for decays of any size: entry (i, j) belongs to the level at
 // which i and j part, i in the later and j in the earlier half of a run of 2, 4, 8 or 16 tokens, and there both decay
 // towards the boundary between the halves. Reads the inputs again: it is rare, and the tiles are already overwritten.
 template <class Element, int K, Gate kGate, bool kFloatGate>
-__device__ __noinline__ void exact_diagonal(const PrefillParams& p, const GateFunction<kGate>& gate, const Element* q,
-                                            const Element* k, const char* g_rows, const float* bias, int valid,
-                                            const float (&q_norm)[2], const float (&k_norm)[2], bool of_p,
-                                            float (&result)[2][4]) {
+__device__ __forceinline__ void exact_diagonal(const PrefillParams& p, const GateFunction<kGate>& gate,
+                                               const Place& place, int block, bool of_p, const float* bias,
+                                               const float* norms, float4* sums) {
   using GateElement = std::conditional_t<kFloatGate, float, Element>;
-  int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int key_head = place.head / (p.HV / p.H), valid = place.valid - block;
+  const auto rows_of = [&](const void* base, const int64_t (&strides)[3], int h, int bytes) {
+    const int64_t first = place.token + block;
+    return static_cast<const char*>(base) + (place.batch * strides[0] + first * strides[1] + h * strides[2]) * bytes;
+  };
+  const char* const q = rows_of(p.q, p.q_strides, key_head, 2);
+  const char* const k = rows_of(p.k, p.k_strides, key_head, 2);
+  const char* const g_rows = rows_of(p.g, p.g_strides, place.head, sizeof(GateElement));
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const float q_norm[2] = {norms[block + g], norms[block + g + 8]};
+  const float k_norm[2] = {norms[kChunk + block + g], norms[kChunk + block + g + 8]};
+  float result[2][4];
   const DecaySum sum_decays;
 #pragma unroll
   for (int n = 0; n < 2; ++n)
@@ -147,7 +190,7 @@ __device__ __noinline__ void exact_diagonal(const PrefillParams& p, const GateFu
     float sum[2][4] = {};
 #pragma unroll 1
     for (int channel = 0; channel < K; channel += 8) {
-      float decay[4], from_middle[4], halves[4];
+      float decay[4], up_to[4], whole[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         int token = 2 * t + (i & 1) + (i >> 1) * 8;
@@ -155,26 +198,25 @@ __device__ __noinline__ void exact_diagonal(const PrefillParams& p, const GateFu
                        ? gate(load_float<GateElement>(g_rows, token * p.g_strides[1] + channel + g), bias[channel + g])
                        : 0.0f;
       }
-      sum_decays(decay, from_middle, halves);
+      sum_decays(decay, up_to, whole);
       uint32_t rows[4], columns[4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {  // tokens g and g + 8
         int token = g + 8 * half;
         bool later = level == 3 ? half == 1 : level >= 0 && (g >> level & 1) == 1;
-        int reference = level < 0 || level == 3 ? 0 : (g & -(2 << level)) + (1 << level) - 1;
+        int reference = level < 0 ? 0 : level == 3 ? 7 : (g & -(2 << level)) + (1 << level) - 1;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          float own = from_middle[2 * half + e];
-          float other = __shfl_sync(0xffffffffu, own, reference * 4 + t);
-          float distance = level == 3 ? own : own - other;
-          float factor = level < 0 ? 1.0f : exp2_approx(later ? distance : -distance);
+          float own = up_to[2 * half + e];
+          float other = __shfl_sync(0xffffffffu, level == 3 ? up_to[e] : own, reference * 4 + t);
+          float factor = level < 0 ? 1.0f : exp2_approx(later ? own - other : other - own);
           int64_t at = channel + 2 * t + e;
           float kv = token < valid ? load_float<Element>(k, token * p.k_strides[1] + at) * k_norm[half] : 0.0f;
           float rv = kv;
           if (of_p) rv = token < valid ? load_float<Element>(q, token * p.q_strides[1] + at) * q_norm[half] : 0.0f;
           bool is_row = level < 0 || later, is_column = level < 0 || !later;
-          rows[half + 2 * e] = to_tf32(is_row ? rv * factor : 0.0f);
-          columns[half + 2 * e] = to_tf32(is_column ? kv * factor : 0.0f);
+          rows[half + 2 * e] = __float_as_uint(is_row ? rv * factor : 0.0f);
+          columns[half + 2 * e] = __float_as_uint(is_column ? kv * factor : 0.0f);
         }
       }
 #pragma unroll
@@ -191,6 +233,8 @@ __device__ __noinline__ void exact_diagonal(const PrefillParams& p, const GateFu
         if (mine) result[n][i] = sum[n][i];
       }
   }
+#pragma unroll
+  for (int n = 0; n < 2; ++n) sums[32 * n] = {result[n][0], result[n][1], result[n][2], result[n][3]};
 }
 
 // Byte offset of element (row, column), column even, in the fp32 matrix A: 16-byte chunks swizzled against conflicts.
@@ -243,7 +287,7 @@ __device__ __forceinline__ void multiply_by_block_transposed(float (&c)[2][4], c
 
 template <class Element, int K, Gate kGate, bool kFloatGate>
 __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGate, kFloatGate>())
-    prepare(const __grid_constant__ PrefillParams p) {
+    prepare(const __grid_constant__ PrefillParams p, const __grid_constant__ PrepareMaps maps) {
   using Smem = PrepareSmem<K, kFloatGate>;
   using Out = Record<K>;
   extern __shared__ __align__(1024) char smem[];
@@ -251,10 +295,18 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
   char *value = smem + Smem::kValue, *float_gate = smem + Smem::kFloatGateTile;
   float* block_decay = reinterpret_cast<float*>(smem + Smem::kBlockDecay);
   __half* block_decay_half = reinterpret_cast<__half*>(smem + Smem::kBlockDecayHalf);
-  __half* rest_decay_half = reinterpret_cast<__half*>(smem + Smem::kRestDecayHalf);
   float* gate_bias = reinterpret_cast<float*>(smem + Smem::kBias);
+  float* norms = reinterpret_cast<float*>(smem + Smem::kNorms);
+  float* scale_of = reinterpret_cast<float*>(smem + Smem::kScale);
+  float* beta_of = reinterpret_cast<float*>(smem + Smem::kBeta);
   float* beta_w = reinterpret_cast<float*>(smem + Smem::kBetaW);
   float* beta_u = reinterpret_cast<float*>(smem + Smem::kBetaU);
+  float* squares = reinterpret_cast<float*>(smem + Smem::kSquares);
+  uint32_t* slowest = reinterpret_cast<uint32_t*>(smem + Smem::kSlowest);
+  float* chunk_retention = reinterpret_cast<float*>(smem + Smem::kRetention);
+  Place* const place = reinterpret_cast<Place*>(smem + Smem::kPlace);
+  uint64_t* const inputs_here = reinterpret_cast<uint64_t*>(smem + Smem::kBarriers);
+  uint64_t* const value_here = inputs_here + 1;
 
   launch_dependents();
   const int thread = threadIdx.x, side = cutlass::canonical_warp_group_idx();
@@ -266,9 +318,8 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
   // Tokens after the last sequence: their output is zero.
   if (p.cu_seqlens != nullptr && p.first_sequence + p.sequences == p.N) {
     const int covered = bound(p, p.N);
-    for (int row = thread; row < kChunk; row += kPrepareThreads) {
-      const int64_t token = static_cast<int64_t>(slot) * kChunk + row;
-      if (token < covered || token >= p.T) continue;
+    const int64_t token = static_cast<int64_t>(slot) * kChunk + thread;
+    if (thread < kChunk && token >= covered && token < p.T) {
       char* out = static_cast<char*>(p.out) + (token * p.out_strides[1] + head * p.out_strides[2]) * 2;
       for (int b = 0; b < p.V * 2; b += 16) *reinterpret_cast<uint4*>(out + b) = uint4{};
     }
@@ -279,92 +330,106 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
   const int first = (slot - seq.first_slot) * kChunk;
   const int valid = min(seq.length - first, kChunk);  // tokens in this chunk
   if (first < 0 || valid <= 0) return;
-  const int64_t token = seq.start + first;
+  const int token = seq.start + first;
   const int key_head = head / (p.HV / p.H);
 
-  const auto rows_of = [&](const void* base, const int64_t (&strides)[3], int h, int bytes) {
-    return static_cast<const char*>(base) + (seq.batch * strides[0] + token * strides[1] + h * strides[2]) * bytes;
-  };
-  const char* q_rows = rows_of(p.q, p.q_strides, key_head, 2);
-  const char* k_rows = rows_of(p.k, p.k_strides, key_head, 2);
-  const char* v_rows = rows_of(p.v, p.v_strides, head, 2);
-  const char* g_rows = rows_of(p.g, p.g_strides, head, kFloatGate ? 4 : 2);
+  // The first CTAs of all, three an SM, would all wait for their loads at the same time, and then all compute. In turn, the
+  // first ones compute while the others load.
+  if (blockIdx.x < 3 * p.num_sms && gridDim.x > p.num_sms) __nanosleep(blockIdx.x / p.num_sms * kStagger);
 
-  // Copies a tile of 16-bit elements; rows past the end are zeros. A thread's rows are a multiple of 8 apart, so that its
-  // place within the swizzle stays.
-  const auto load_tile = [&](char* tile, const char* rows, int64_t row_stride, int columns, int thread, int threads) {
-    const int chunks_per_row = columns / 8, row_step = threads / chunks_per_row;
-    int row = thread / chunks_per_row, chunk = thread % chunks_per_row;
-    char* to = tile + tile_offset(row, chunk);
-    const char* from = rows + row * row_stride * 2 + chunk * 16;
-#pragma unroll 4
-    for (; row < kChunk; row += row_step, to += row_step * kRowBytes, from += row_step * row_stride * 2)
-      copy_async_16(to, row < valid ? from : rows, row < valid);
-  };
-  load_tile(query, q_rows, p.q_strides[1], K, thread, kPrepareThreads);
-  load_tile(key, k_rows, p.k_strides[1], K, thread, kPrepareThreads);
-  if constexpr (!kFloatGate) {
-    load_tile(gate_tile, g_rows, p.g_strides[1], K, thread, kPrepareThreads);
-  } else {
-#pragma unroll 4
-    for (int i = thread; i < kChunk * K / 4; i += kPrepareThreads) {
-      int row = i / (K / 4), chunk = i % (K / 4);
-      // Swizzled so that the four token pairs that a warp reads together lie in different banks.
-      int at = row * K * 4 + ((chunk ^ ((row >> 1 & 3) << 1)) << 4);
-      bool is_token = row < valid;
-      copy_async_16(float_gate + at, is_token ? g_rows + row * p.g_strides[1] * 4 + chunk * 16 : g_rows, is_token);
-    }
+  // All small loads first, so that they wait together.
+  constexpr int kBetaThreads =
+      kPrepareThreads - kChunk;  // the last 64 threads look after β, the first K after the bias
+  const float log_rate = p.A_log == nullptr ? 0.0f : __ldg(p.A_log + head);
+  float raw_bias = 0.0f, raw_beta = 0.0f;
+  if (kGate != Gate::kNone && p.dt_bias != nullptr && thread < K) raw_bias = __ldg(p.dt_bias + head * K + thread);
+  if (thread >= kBetaThreads && thread - kBetaThreads < valid) {
+    const int64_t at = seq.batch * p.beta_strides[0] +
+                       static_cast<int64_t>(token + thread - kBetaThreads) * p.beta_strides[1] +
+                       head * p.beta_strides[2];
+    raw_beta = p.beta_dtype == DType::kFP32 ? load_float<float>(p.beta, at) : load_float<Element>(p.beta, at);
   }
-
-  // β of the rows g and g + 8 of this warp
-  float beta[2];
+  // Whole tiles come, zeros after the last token of all; tokens of the next sequence are taken care of later.
+  if (thread == 0) {
+    TransactionBarrier::init(inputs_here, 1);
+    TransactionBarrier::init(value_here, 1);
+    *place = {record<K>(p, slot, head), seq.batch, token, head, valid};
+    cutlass::arch::fence_barrier_init();
+    TransactionBarrier::arrive_and_expect_tx(inputs_here, (kFloatGate ? 4 : 3) * Smem::kTile);
+    constexpr int kGateColumns = kFloatGate ? 32 : 64;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int row = kBlock * warp + g + 8 * half;
-    float b = 0.0f;
-    if (row < valid) {
-      int64_t at = seq.batch * p.beta_strides[0] + (token + row) * p.beta_strides[1] + head * p.beta_strides[2];
-      b = p.beta_dtype == DType::kFP32 ? load_float<float>(p.beta, at) : load_float<Element>(p.beta, at);
-      if (p.use_beta_sigmoid) b = (p.allow_neg_eigval ? 2.0f : 1.0f) / (1.0f + __expf(-b));
+    for (int c = 0; c < K; c += kGateColumns)
+      load_tile(&maps.g, inputs_here, (kFloatGate ? float_gate : gate_tile) + c / kGateColumns * kHalfBytes, c, head,
+                token, seq.batch);
+#pragma unroll
+    for (int c = 0; c < K; c += 64) {
+      load_tile(&maps.k, inputs_here, key + c / 64 * kHalfBytes, c, key_head, token, seq.batch);
+      load_tile(&maps.q, inputs_here, query + c / 64 * kHalfBytes, c, key_head, token, seq.batch);
     }
-    beta[half] = b;
   }
-  const GateFunction<kGate> gate{p.A_log == nullptr ? 1.0f : expf(p.A_log[head]), p.lower_bound * kLog2E};
-  if (thread < K)
-    gate_bias[thread] =
-        p.dt_bias == nullptr || kGate == Gate::kNone ? 0.0f : gate.prepare_bias(p.dt_bias[head * K + thread]);
-
-  copy_async_wait();
-  __syncthreads();
+  const float rate = exp2_approx(log_rate * kLog2E);
+  const GateFunction<kGate> gate{rate * (kGate == Gate::kSafe ? -kLog2E : -kTruncation),
+                                 p.lower_bound * (kLog2E * kTruncation)};
+  if (thread < K) {
+    gate_bias[thread] = gate.prepare_bias(raw_bias);
+    block_decay_half[thread] = __float2half(1.0f);
+  }
+  if (thread >= kBetaThreads) {
+    float b = raw_beta;
+    if (p.use_beta_sigmoid) b = (p.allow_neg_eigval ? 2.0f : 1.0f) * reciprocal_approx(1.0f + exp2_approx(-b * kLog2E));
+    beta_of[thread - kBetaThreads] = thread - kBetaThreads < valid ? b : 0.0f;
+  }
   // v comes last; have it on its way to L2 meanwhile.
-  if (thread / 2 < valid && thread % 2 * 128 < p.V * 2)
-    prefetch_l2(v_rows + thread / 2 * p.v_strides[1] * 2 + thread % 2 * 128);
+  if (thread / 2 < valid && thread % 2 * 64 < p.V)
+    prefetch_l2(static_cast<const char*>(p.v) +
+                (seq.batch * p.v_strides[0] + static_cast<int64_t>(token + thread / 2) * p.v_strides[1] +
+                 head * p.v_strides[2] + thread % 2 * 64) *
+                    2);
+  __syncthreads();
+  Barrier::wait(inputs_here, 0);
+  if (valid < kChunk) {
+    // Nothing of the next sequence gets in, a NaN least of all. (g is cut off where it is read.)
+    clear_rows(query, K, valid, thread, kPrepareThreads);
+    clear_rows(key, K, valid, thread, kPrepareThreads);
+    __syncthreads();
+  }
 
   // ---- 1. lengths of q and k: the diagonals of q qᵀ and k kᵀ
   const int block = kBlock * warp;  // first row of this warp
   float q_norm[2], k_norm[2];
   {
     float qq[2][4] = {}, kk[2][4] = {};
+    const ColumnAddress column_address;
 #pragma unroll 2
-    for (int c = 0; c < K / 16; ++c) {
-      uint32_t qf[4], kf[4];
-      load_matrices(qf, query + block_address(warp, c));
-      load_matrices(kf, key + block_address(warp, c));
+    for (int c = side * (K / 32); c < (side + 1) * (K / 32); ++c) {
+      uint32_t rows[4], columns[4];
+      load_matrices(rows, query + block_address(warp, c));
+      load_matrices(columns, query + column_address(warp, c));
+      mma<Element>(qq[0], rows, columns[0], columns[1]);
+      mma<Element>(qq[1], rows, columns[2], columns[3]);
+      load_matrices(rows, key + block_address(warp, c));
+      load_matrices(columns, key + column_address(warp, c));
+      mma<Element>(kk[0], rows, columns[0], columns[1]);
+      mma<Element>(kk[1], rows, columns[2], columns[3]);
+    }
+    if (t == (g >> 1)) {  // this lane has the diagonal elements of rows g and g + 8
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        mma<Element>(qq[m], qf, qf[m], qf[m + 2]);
-        mma<Element>(kk[m], kf, kf[m], kf[m + 2]);
+      for (int half = 0; half < 2; ++half) {
+        const int row = block + g + 8 * half;
+        squares[(2 * side) * kChunk + row] = g & 1 ? qq[half][2 * half + 1] : qq[half][2 * half];
+        squares[(2 * side + 1) * kChunk + row] = g & 1 ? kk[half][2 * half + 1] : kk[half][2 * half];
       }
     }
-    const int owner = (lane & 28) | (g >> 1);  // of the diagonal elements of rows g and g + 8
+    named_barrier(kPair + warp, 64);  // and the pair has read all of its rows of q and k, which are about to change
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float squares_q = __shfl_sync(0xffffffffu, g & 1 ? qq[half][2 * half + 1] : qq[half][2 * half], owner);
-      const float squares_k = __shfl_sync(0xffffffffu, g & 1 ? kk[half][2 * half + 1] : kk[half][2 * half], owner);
+      const int row = block + g + 8 * half;
+      const float squares_q = squares[row] + squares[2 * kChunk + row];
+      const float squares_k = squares[kChunk + row] + squares[3 * kChunk + row];
       float q_length = 1.0f, k_length = 1.0f;
       if (p.use_qk_norm) {
-        q_norm[half] = rsqrtf(squares_q + 1e-6f);
-        k_norm[half] = rsqrtf(squares_k + 1e-6f);
+        q_norm[half] = rsqrt_approx(squares_q + 1e-6f);
+        k_norm[half] = rsqrt_approx(squares_k + 1e-6f);
       } else {  // k = n k^ all the same, so that everything but U is bounded
         q_norm[half] = squares_q > 0.0f ? rsqrtf(squares_q) : 0.0f;
         k_norm[half] = squares_k > 0.0f ? rsqrtf(squares_k) : 0.0f;
@@ -372,10 +437,12 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
         k_length = squares_k * k_norm[half];
       }
       if (side == 0 && t == 0) {
-        int row = block + g + 8 * half;
-        beta_w[row] = beta[half] * k_length * k_length;
-        beta_u[row] = beta[half] * k_length;
-        reinterpret_cast<float*>(record<K>(p, slot, head) + Out::kScale)[row] = p.scale * q_length;
+        norms[row] = q_norm[half];
+        norms[kChunk + row] = k_norm[half];
+        const float beta = beta_of[row];
+        beta_w[row] = beta * k_length * k_length;
+        beta_u[row] = beta * k_length;
+        scale_of[row] = p.scale * q_length;
       }
     }
   }
@@ -383,93 +450,90 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
   // ---- 1. gate, decays, the diagonal blocks
   float diagonal_a[2][4] = {}, diagonal_p[2][4] = {};
   float largest = 0.0f;
+  // Log-decays are at most 0, so that among their bits those of the slowest are the smallest, but for a NaN's, smaller
+  // still.
+  uint32_t slowest_bits[4] = {~0u, ~0u, ~0u, ~0u};
   const DecaySum sum_decays;
-#pragma unroll(kGate == Gate::kSafe ? 2 : 1)
-  for (int c = side * (K / 32); c < (side + 1) * (K / 32); ++c) {
-    float raw[2][4];
-    if constexpr (kFloatGate) {
-#pragma unroll
-      for (int u = 0; u < 2; ++u)
+  const StripeAddress stripe_address;
+#pragma unroll 2
+  for (int c = side * (K / 16); c < (side + 1) * (K / 16); ++c) {  // 8 channels
+    const int at = stripe_address(warp, c);
+    float decay[4], up_to[4], whole[4];
+    {
+      const float b = kGate == Gate::kNone ? 0.0f : gate_bias[8 * c + g];
+      if constexpr (kFloatGate) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          int row = block + 2 * t + (i & 1) + (i >> 1) * 8, channel = 16 * c + 8 * u + g;
-          raw[u][i] = *reinterpret_cast<const float*>(
-              float_gate + row * K * 4 + (((channel >> 2) ^ ((row >> 1 & 3) << 1)) << 4) + (channel & 3) * 4);
+          const int row = block + 2 * t + (i & 1) + (i >> 1) * 8, channel = 8 * c + g;
+          decay[i] = gate(*reinterpret_cast<const float*>(float_gate + channel / 32 * kHalfBytes + row * kRowBytes +
+                                                          ((channel % 32 / 4 ^ (row & 7)) << 4) + channel % 4 * 4),
+                          b);
         }
-    } else {
-      uint32_t r[4];
-      load_matrices_transposed(r, gate_tile + block_address(warp, c));
+      } else {
+        uint32_t r[2];
+        load_matrices_transposed(r, gate_tile + at);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float2 x = unpack<Element>(r[i]);
-        raw[i >> 1][2 * (i & 1)] = x.x;
-        raw[i >> 1][2 * (i & 1) + 1] = x.y;
+        for (int i = 0; i < 2; ++i) {
+          const float2 x = unpack<Element>(r[i]);
+          decay[2 * i] = gate(x.x, b);
+          decay[2 * i + 1] = gate(x.y, b);
+        }
       }
-    }
-    float from_middle[2][4], halves[2][4];
-#pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const float b = kGate == Gate::kNone ? 0.0f : gate_bias[16 * c + 8 * u + g];
-      float decay[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) decay[i] = gate(raw[u][i], b);
       if (valid < kChunk) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if (block + 2 * t + (i & 1) + (i >> 1) * 8 >= valid) decay[i] = 0.0f;
       }
-      sum_decays(decay, from_middle[u], halves[u]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) slowest_bits[i] = min(slowest_bits[i], __float_as_uint(decay[i]));
+      sum_decays(decay, up_to, whole);
     }
 
-    uint32_t qf[4], kf[4], cf[4];
-    load_matrices(qf, query + block_address(warp, c));
-    load_matrices(kf, key + block_address(warp, c));
+    uint32_t qf[2], kf[2], cf[2];
+    load_matrices(qf, query + at);
+    load_matrices(kf, key + at);
+    float undo[2];  // from the end of the block to its start: above 1
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      // To the middle of the block from its start and from its end, above 1.
-      if constexpr (kGate != Gate::kSafe) {  // what `undo_first` and `undo_second` are to undo, and every sum between
-        largest = fmaxf(largest, fmaxf(fabsf(halves[u][0]), fabsf(halves[u][1])));
-        largest = fmaxf(largest, fmaxf(fabsf(halves[u][2]), fabsf(halves[u][3])));
+    for (int e = 0; e < 2; ++e) {
+      if constexpr (kGate != Gate::kSafe) largest = fmaxf(largest, -whole[e]);
+      undo[e] = exp2_approx(-whole[e]);
+    }
+    uint32_t rows_q[4], rows_k[4], columns[2][2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float2 x = unpack<Element>(qf[half]), y = unpack<Element>(kf[half]);
+      const float qv[2] = {x.x * q_norm[half], x.y * q_norm[half]};
+      const float kv[2] = {y.x * k_norm[half], y.y * k_norm[half]};
+      float q_start[2], k_start[2], k_end[2], from_start[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        from_start[e] = exp2_approx(up_to[2 * half + e]);
+        q_start[e] = qv[e] * from_start[e];
+        k_start[e] = kv[e] * from_start[e];
+        k_end[e] = kv[e] * exp2_approx(whole[e] - up_to[2 * half + e]);
+        rows_q[half + 2 * e] = __float_as_uint(q_start[e]);
+        rows_k[half + 2 * e] = __float_as_uint(k_start[e]);
+        columns[half][e] = __float_as_uint(k_end[e] * undo[e]);
       }
-      float undo_first[2] = {exp2_approx(-halves[u][0]), exp2_approx(-halves[u][1])};
-      float undo_second[2] = {exp2_approx(-halves[u][2]), exp2_approx(-halves[u][3])};
-      uint32_t rows_q[4], rows_k[4], columns[4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float2 x = unpack<Element>(qf[2 * u + half]), y = unpack<Element>(kf[2 * u + half]);
-        const float qv[2] = {x.x * q_norm[half], x.y * q_norm[half]};
-        const float kv[2] = {y.x * k_norm[half], y.y * k_norm[half]};
-        float q_start[2], k_start[2], k_end[2], from_start[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float middle = from_middle[u][2 * half + e];
-          from_start[e] = exp2_approx(middle + halves[u][e]);
-          float to_end = exp2_approx(halves[u][2 + e] - middle);
-          q_start[e] = qv[e] * from_start[e];
-          k_start[e] = kv[e] * from_start[e];
-          k_end[e] = kv[e] * to_end;
-          rows_q[half + 2 * e] = to_tf32_without_nan(q_start[e] * undo_first[e]);
-          rows_k[half + 2 * e] = to_tf32_without_nan(k_start[e] * undo_first[e]);
-          columns[half + 2 * e] = to_tf32_without_nan(k_end[e] * undo_second[e]);
-        }
-        qf[2 * u + half] = pack<__half>(q_start[0], q_start[1]);
-        kf[2 * u + half] = pack<__half>(k_start[0], k_start[1]);
-        cf[2 * u + half] = pack<__half>(k_end[0], k_end[1]);
-        if (half == 1 && g == 7) {  // token 15: the decay of the whole block
-          int at = warp * K + 16 * c + 8 * u + 2 * t;
-          *reinterpret_cast<float2*>(block_decay + at) = {from_start[0], from_start[1]};
-          *reinterpret_cast<__half2*>(block_decay_half + at) = __floats2half2_rn(from_start[0], from_start[1]);
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        mma_tf32(diagonal_p[m], rows_q, columns[m], columns[m + 2]);
-        mma_tf32(diagonal_a[m], rows_k, columns[m], columns[m + 2]);
+      qf[half] = pack<__half>(q_start[0], q_start[1]);
+      kf[half] = pack<__half>(k_start[0], k_start[1]);
+      cf[half] = pack<__half>(k_end[0], k_end[1]);
+      if (half == 1 && g == 7) {  // token 15: the decay of the whole block
+        const int channel = 8 * c + 2 * t;
+        *reinterpret_cast<float2*>(block_decay + warp * K + channel) = {from_start[0], from_start[1]};
+        if (warp == 1 || warp == 2)
+          *reinterpret_cast<__half2*>(block_decay_half + warp * K + channel) =
+              __floats2half2_rn(from_start[0], from_start[1]);
       }
     }
-    store_matrices(query + block_address(warp, c), qf[0], qf[1], qf[2], qf[3]);
-    store_matrices(key + block_address(warp, c), kf[0], kf[1], kf[2], kf[3]);
-    store_matrices(gate_tile + block_address(warp, c), cf[0], cf[1], cf[2], cf[3]);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      mma_tf32(diagonal_p[m], rows_q, columns[m][0], columns[m][1]);
+      mma_tf32(diagonal_a[m], rows_k, columns[m][0], columns[m][1]);
+    }
+    store_matrices(query + at, qf[0], qf[1]);
+    store_matrices(key + at, kf[0], kf[1]);
+    store_matrices(gate_tile + at, cf[0], cf[1]);
   }
   // The other warp of the pair has the other half of the sums over channels: hand it what it is to go on with. Blocks lie
   // where the pair will put its rows of A.
@@ -488,6 +552,15 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
     const bool exceeds = __any_sync(0xffffffffu, largest > kMaxFactored);
     if (lane == 0) out_of_range[4 * side + warp] = exceeds;
   }
+  if (p.retention != nullptr) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t bits = slowest_bits[i];
+#pragma unroll
+      for (int other = 4; other < 32; other *= 2) bits = min(bits, __shfl_xor_sync(0xffffffffu, bits, other));
+      if (g == 0) slowest[side * kChunk + block + 2 * t + (i & 1) + (i >> 1) * 8] = bits;
+    }
+  }
   __syncthreads();
   float diagonal[2][4];  // of P for warps 0-3, of A for warps 4-7
 #pragma unroll
@@ -500,98 +573,163 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
   }
   if constexpr (kGate != Gate::kSafe) {
     if (out_of_range[warp] || out_of_range[4 + warp]) {
-      exact_diagonal<Element, K, kGate, kFloatGate>(p, gate,
-                                                    reinterpret_cast<const Element*>(q_rows) + block * p.q_strides[1],
-                                                    reinterpret_cast<const Element*>(k_rows) + block * p.k_strides[1],
-                                                    g_rows + block * p.g_strides[1] * (kFloatGate ? 4 : 2), gate_bias,
-                                                    valid - block, q_norm, k_norm, side == 0, diagonal);
+      float4* const sums = exchange + 2 * side * 32;  // which the other warp has not read yet, perhaps
+      named_barrier(kPair + warp, 64);
+      exact_diagonal<Element, K, kGate, kFloatGate>(p, gate, *place, block, side == 0, gate_bias, norms, sums);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        const float4 d = sums[32 * m];
+        diagonal[m][0] = d.x;
+        diagonal[m][1] = d.y;
+        diagonal[m][2] = d.z;
+        diagonal[m][3] = d.w;
+      }
     }
   }
-  named_barrier(1 + warp, 64);  // the pair has read each other's sums
+  __syncthreads();  // A will lie where the sums did
 
-  // ---- 2. blocks below the diagonal; Q and K^+
-  char* const out = record<K>(p, slot, head);
-  if (thread < K) {  // decays from the end of blocks 0, 1 and 2 to the end of the chunk, and over all of it
-    float d = block_decay[3 * K + thread];
+  // ---- 2. blocks below the diagonal
+  char* const out = place->out;
+  if (const int channel = this_thread(); channel < K) {  // decays over several blocks, and over all of the chunk
+    __half* const from_start = reinterpret_cast<__half*>(smem + Smem::kFromStart) + channel;
+    __half* const to_end = reinterpret_cast<__half*>(smem + Smem::kToEnd) + channel;
+    const float d0 = block_decay[channel], d1 = block_decay[K + channel], d2 = block_decay[2 * K + channel],
+                d3 = block_decay[3 * K + channel];
+    from_start[0] = __float2half(d0);
+    from_start[K] = __float2half(d0 * d1);
+    from_start[2 * K] = __float2half(d0 * d1 * d2);
+    to_end[2 * K] = __float2half(d3);
+    to_end[K] = __float2half(d2 * d3);
+    to_end[0] = __float2half(d1 * d2 * d3);
+    reinterpret_cast<float*>(out + Out::kDecay)[decay_index(thread)] = d0 * d1 * d2 * d3;
+    if (channel < kChunk) reinterpret_cast<float*>(out + Out::kScale)[channel] = scale_of[channel];
+  }
+  if (p.retention != nullptr && this_thread() >= kPrepareThreads - 32) {
+    float sum = 0.0f;
 #pragma unroll
-    for (int j = 2; j >= 0; --j) {
-      rest_decay_half[j * K + thread] = __float2half(d);
-      d *= block_decay[j * K + thread];
+    for (int row = lane; row < kChunk; row += 32) {
+      if (row >= valid) continue;
+      const uint32_t bits = min(slowest[row], slowest[kChunk + row]);
+      const float decay = bits == 0 || bits >= 0x80000000u ? __uint_as_float(bits) : __int_as_float(0x7fffffff);
+      const float squares_k = squares[kChunk + row] + squares[3 * kChunk + row];
+      // The last term is a NaN where k is not finite, and so is the one before where β is not.
+      sum += decay + log2_approx(max_or_nan(fabsf(1.0f - beta_w[row]), 1.0f)) + 0.0f * squares_k;
     }
-    reinterpret_cast<float*>(out + Out::kDecay)[decay_index(thread)] = d;
+#pragma unroll
+    for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+    if (lane < 2) chunk_retention[lane] = sum;
   }
   {
-    float sum[3][2][4] = {};
-    char* const rows = side == 0 ? query : key;
+    const char* const rows = side == 0 ? query : key;
+    const ColumnAddress column_address;
+    float middle[2][4] = {}, near[4] = {};
+    const int i = 2 + (warp >> 1), j = warp & 1;
+    {  // block (i, j): what lies between rows and columns is block 2 for i = 3, and block 1 for j = 0
+      const uint32_t* const decay_rows = reinterpret_cast<const uint32_t*>(block_decay_half + (i == 3   ? 2
+                                                                                               : j == 0 ? 1
+                                                                                                        : 0) *
+                                                                                                  K) +
+                                         t;
+      const uint32_t* const decay_columns = reinterpret_cast<const uint32_t*>(block_decay_half + K) + t;
+      const bool both = i == 3 && j == 0;
 #pragma unroll 2
-    for (int c = 0; c < K / 16; ++c) {
-      uint32_t rf[4], cf[4];
-      load_matrices(rf, rows + block_address(warp, c));
-#pragma unroll
-      for (int j = 2; j >= 0; --j) {
-        if (j < warp) {
-          load_matrices(cf, gate_tile + block_address(j, c));
-#pragma unroll
-          for (int m = 0; m < 2; ++m) mma_fp16(sum[j][m], rf, cf[m], cf[m + 2]);
-          const uint32_t* decay = reinterpret_cast<const uint32_t*>(block_decay_half + j * K + 16 * c) + t;
-          const uint32_t d[2] = {decay[0], decay[4]};
-#pragma unroll
-          for (int i = 0; i < 4; ++i) rf[i] = multiply_half2(rf[i], d[i >> 1]);
+      for (int c = 0; c < K / 16; ++c) {
+        uint32_t rf[4], cf[4];
+        load_matrices(rf, rows + block_address(i, c));
+        load_matrices(cf, gate_tile + column_address(j, c));
+        uint32_t d[2] = {decay_rows[8 * c], decay_rows[8 * c + 4]};
+        if (both) {
+          d[0] = multiply_half2(d[0], decay_columns[8 * c]);
+          d[1] = multiply_half2(d[1], decay_columns[8 * c + 4]);
         }
+#pragma unroll
+        for (int r = 0; r < 4; ++r) rf[r] = multiply_half2(rf[r], d[r >> 1]);
+        mma_fp16(middle[0], rf, cf[0], cf[1]);
+        mma_fp16(middle[1], rf, cf[2], cf[3]);
       }
-      if (warp > 0) store_matrices(rows + block_address(warp, c), rf[0], rf[1], rf[2], rf[3]);
     }
-    // A into shared memory, P into the record. Zeros above the diagonal.
+    // Columns 8 (warp & 1).. of block (1, 0) or (3, 2)
+    const int near_row = warp < 2 ? 1 : 3, near_column = kBlock * (near_row - 1) + 8 * (warp & 1);
+#pragma unroll 2
+    for (int c = 0; c < K / 16; c += 2) {
+      uint32_t rf[4], cf[4];
+      load_matrices(cf, gate_tile + tile_offset(near_column + (lane & 7), 2 * c + (lane >> 3)));
+      load_matrices(rf, rows + block_address(near_row, c));
+      mma_fp16(near, rf, cf[0], cf[1]);
+      load_matrices(rf, rows + block_address(near_row, c + 1));
+      mma_fp16(near, rf, cf[2], cf[3]);
+    }
+    if (side == 0) {  // P, into the record: 0 above the diagonal
+      const auto store = [&](int row, int column, float x, float y) {
+        *reinterpret_cast<uint32_t*>(out + Out::kP + tile_offset(row, column >> 3) + 4 * t) = pack<__half>(x, y);
+      };
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = block + g + 8 * half;
-      const float b = beta_w[row];
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
+      for (int half = 0; half < 2; ++half) {
+        const int row = g + 8 * half;
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          const int column = kBlock * j + 8 * m + 2 * t;
-          float2 x = {};
-          if (j < warp) {
-            x = {sum[j < 3 ? j : 0][m][2 * half], sum[j < 3 ? j : 0][m][2 * half + 1]};
-          } else if (j == warp) {  // A is 0 on the diagonal, P is not
-            x = {column + side <= row ? diagonal[m][2 * half] : 0.0f,
-                 column + 1 + side <= row ? diagonal[m][2 * half + 1] : 0.0f};
-          }
-          if (side == 0) {
-            *reinterpret_cast<uint32_t*>(out + Out::kP + tile_offset(row, column >> 3) + 4 * t) =
-                pack<__half>(x.x, x.y);
-          } else if (j <= warp) {
-            *reinterpret_cast<float2*>(value + matrix_offset(row, column)) = {x.x * b, x.y * b};
+          const int column = 8 * m + 2 * t;
+          store(kBlock * i + row, kBlock * j + column, middle[m][2 * half], middle[m][2 * half + 1]);
+          store(block + row, block + column, column <= row ? diagonal[m][2 * half] * kTwoTruncations : 0.0f,
+                column + 1 <= row ? diagonal[m][2 * half + 1] * kTwoTruncations : 0.0f);
+          if (warp < 3) {  // blocks (0, 1) and (0, 2), (0, 3) and (1, 2), (1, 3) and (2, 3)
+            store(kBlock * (warp == 2) + row, kBlock * (warp == 0 ? 1 : 3) + column, 0.0f, 0.0f);
+            store(kBlock * warp + row, kBlock * (warp == 2 ? 3 : 2) + column, 0.0f, 0.0f);
           }
         }
+        store(kBlock * near_row + row, near_column + 2 * t, near[2 * half], near[2 * half + 1]);
+      }
+    } else {
+      // A, the rows times β n²
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = g + 8 * half;
+        const float b = beta_w[kBlock * i + row], b_near = beta_w[kBlock * near_row + row];
+        const float b_diagonal = beta_w[block + row] * kTwoTruncations;
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          *reinterpret_cast<float2*>(value + matrix_offset(kBlock * i + row, kBlock * j + 8 * m + 2 * t)) = {
+              middle[m][2 * half] * b, middle[m][2 * half + 1] * b};
+          *reinterpret_cast<float2*>(value + matrix_offset(block + row, block + 8 * m + 2 * t)) = {
+              diagonal[m][2 * half] * b_diagonal, diagonal[m][2 * half + 1] * b_diagonal};
+        }
+        *reinterpret_cast<float2*>(value + matrix_offset(kBlock * near_row + row, near_column + 2 * t)) = {
+            near[2 * half] * b_near, near[2 * half + 1] * b_near};
+      }
+    }
+  }
+  __syncthreads();
+
+  // ---- 3. the inverse of the diagonal blocks; Q, K^+ and Kr
+  if (side == 0) {
+    invert_diagonal(value, block);
+  } else {
+    const uint32_t* const from_start = reinterpret_cast<const uint32_t*>(smem + Smem::kFromStart) + t;
+    const uint32_t* const to_end = reinterpret_cast<const uint32_t*>(smem + Smem::kToEnd) + t;
+    for (int c = warp; c < K / 16; c += 4) {
+#pragma unroll
+      for (int b = 0; b < 3; ++b) {
+        const int at = b * (K / 2) + 8 * c;
+        const uint32_t start[2] = {from_start[at], from_start[at + 4]}, end[2] = {to_end[at], to_end[at + 4]};
+        scale_block(query + block_address(b + 1, c), start);
+        scale_block(key + block_address(b + 1, c), start);
+        scale_block(gate_tile + block_address(b, c), end);
+      }
     }
   }
   fence_async_proxy();
   __syncthreads();
 
-  // ---- the inverse of the diagonal blocks; k^ decayed to the end of the chunk
-  if (side == 0) {
-    invert_diagonal(value, block);
-  } else if (warp < 3) {
-#pragma unroll 2
-    for (int c = 0; c < K / 16; ++c) {
-      uint32_t cf[4];
-      load_matrices(cf, gate_tile + block_address(warp, c));
-      const uint32_t* decay = reinterpret_cast<const uint32_t*>(rest_decay_half + warp * K + 16 * c) + t;
-      const uint32_t d[2] = {decay[0], decay[4]};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) cf[i] = multiply_half2(cf[i], d[i >> 1]);
-      store_matrices(gate_tile + block_address(warp, c), cf[0], cf[1], cf[2], cf[3]);
-    }
-    fence_async_proxy();
-  }
-  __syncthreads();
-
-  if (thread == 0) {
-    bulk_store(out + Out::kKr, gate_tile, Out::kMatrixBytes);
-    bulk_store(out + Out::kQ, query, Out::kMatrixBytes);
+  if (this_thread() == 128) {
+    bulk_store(place->out + Out::kQ, query, Smem::kTile);
     bulk_store_commit();
+    bulk_store(place->out + Out::kKr, gate_tile, Smem::kTile);
+    bulk_store_commit();
+    cute::tma_store_wait<1>();  // Q has been read: v takes its place
+    TransactionBarrier::arrive_and_expect_tx(value_here, kChunk * p.V * 2);
+    load_tile(&maps.v, value_here, query, 0, place->head, place->token, place->batch);
+    if (p.V == 128) load_tile(&maps.v, value_here, query + kHalfBytes, 64, place->head, place->token, place->batch);
+    bulk_stores_have_read();
   }
 
   // ---- 3. block column `warp` of X, transposed: x[i] is (rows of block i)ᵀ
@@ -625,17 +763,10 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
       multiply_by_block_transposed(x[i], sum, value, kBlock * i, kBlock * i);
     }
   }
-  if (thread == 0) bulk_stores_have_read();
-  __syncthreads();
+  __syncthreads();  // A has been read, and Q and Kr are on their way
 
-  // ---- 4. v, and X in the types of the two products
-  if (side == 1) {
-    if (p.V == 128) {
-      load_tile(value, v_rows, p.v_strides[1], 128, thread - 128, 128);
-    } else {
-      load_tile(value, v_rows, p.v_strides[1], 64, thread - 128, 128);
-    }
-  } else {
+  // ---- 4. X in the types of the two products
+  if (side == 0) {
     const float bw[2] = {beta_w[block + g], beta_w[block + g + 8]}, bu[2] = {beta_u[block + g], beta_u[block + g + 8]};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -660,12 +791,16 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
     }
   }
   fence_async_proxy();
+  Barrier::wait(value_here, 0);
+  if (place->valid < kChunk) {
+    clear_rows(query, p.V, place->valid, this_thread(), kPrepareThreads);
+    fence_async_proxy();
+  }
   __syncthreads();
 
-  // ---- 4. W = X K^+, 64 columns a warpgroup
-  float w[32];
-  const bool has_w = K == 128 || side == 0;
-  if (has_w) {
+  // ---- 4. W = X K^+, 64 columns a warpgroup, which take the place of those of K^+
+  if (K == 128 || side == 0) {
+    float w[32];
     fence_registers(w);
     cute::warpgroup_arrive();
     const uint64_t xd = descriptor_k_major(smem_address(smem + Smem::kXOfW));
@@ -676,23 +811,20 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<0>();
     fence_registers(w);
-  }
-  copy_async_wait();
-  fence_async_proxy();
-  __syncthreads();  // all have read K^+, and v is here
-  if (has_w) {
+    named_barrier(kWarpgroup + side, 128);  // all four warps' products are done
+    const int warp = this_thread() / 32 % 4;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const float* x8 = w + 8 * c;
       store_matrices(key + block_address(warp, 4 * side + c), pack<__half>(x8[0], x8[1]), pack<__half>(x8[2], x8[3]),
                      pack<__half>(x8[4], x8[5]), pack<__half>(x8[6], x8[7]));
     }
-  }
-  fence_async_proxy();
-  __syncthreads();
-  if (thread == 0) {
-    bulk_store(out + Out::kW, key, Out::kMatrixBytes);
-    bulk_store_commit();
+    fence_async_proxy();
+    named_barrier(kWarpgroup + side, 128);
+    if (this_thread() % 128 == 0) {
+      bulk_store(place->out + Out::kW + side * kHalfBytes, key + side * kHalfBytes, kHalfBytes);
+      bulk_store_commit();
+    }
   }
 
   // ---- 4. Uᵀ = Vᵀ Xᵀ, 64 value channels a warpgroup
@@ -701,7 +833,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
     float u[32];
     fence_registers(u);
     cute::warpgroup_arrive();
-    const uint64_t vd = descriptor_mn_major(smem_address(value + half * kHalfBytes));
+    const uint64_t vd = descriptor_mn_major(smem_address(query + half * kHalfBytes));
     const uint64_t high = descriptor_k_major(smem_address(smem + Smem::kXHigh));
     const uint64_t low = descriptor_k_major(smem_address(smem + Smem::kXLow));
 #pragma unroll
@@ -716,18 +848,24 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
     uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < 32; ++i) bits = max(bits, magnitude_bits(u[i]));
-    const int exponent = max(exponent_of(warp_max(bits)), -100) - 14;  // the largest becomes at most 2^15
+    bits = warp_max(bits);
+    const int exponent = max(exponent_of(bits), -100) - 14;  // the largest becomes at most 2^15
     const float factor = power_of_two(-exponent);
-    if (lane == 0) reinterpret_cast<int*>(out + Out::kExponents)[4 * half + warp] = exponent;
+    if (lane == 0) reinterpret_cast<int*>(place->out + Out::kExponents)[4 * half + warp] = exponent;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float* x8 = u + 8 * i;
       uint4 r = {pack<__half>(x8[0] * factor, x8[1] * factor), pack<__half>(x8[2] * factor, x8[3] * factor),
                  pack<__half>(x8[4] * factor, x8[5] * factor), pack<__half>(x8[6] * factor, x8[7] * factor)};
-      reinterpret_cast<uint4*>(out + Out::kU + half * Out::kUHalfBytes)[i * 128 + thread % 128] = r;
+      reinterpret_cast<uint4*>(place->out + Out::kU + half * Out::kUHalfBytes)[i * 128 + this_thread() % 128] = r;
+    }
+    if (p.retention != nullptr) {
+      if (lane == 0 && exponent_of(bits) == 128) chunk_retention[half] = __int_as_float(0x7fffffff);
+      named_barrier(kWarpgroup + side, 128);
+      if (this_thread() % 128 == 0) retention(p, half, place->head)[blockIdx.x / p.HV] = chunk_retention[half];
     }
   }
-  if (thread == 0) bulk_stores_have_read();
+  if (this_thread() % 128 == 0) bulk_stores_have_read();
 }
 
 }  // namespace kda

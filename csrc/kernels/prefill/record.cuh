@@ -80,9 +80,19 @@ __device__ __forceinline__ Sequence sequence(const PrefillParams& p, int n) {
 }
 
 // Slots of a launch for this many sequences.
-inline int64_t slots(const PrefillParams& p, int64_t sequences) {
+inline int64_t slots_for(const PrefillParams& p, int64_t sequences) {
   return p.cu_seqlens == nullptr ? sequences * ((p.T + kChunk - 1) / kChunk) : p.T / kChunk + sequences;
 }
+
+// What a chunk's tokens leave of a state at most, log2 of a factor of its norm: for each of its two halves of 64 value
+// channels and each head, one number a slot. A token multiplies a state by Diag(α) and I - β k kᵀ, whose norms are max α and
+// max(1, |1 - β kᵀk|). It is a NaN where the chunk may bring a NaN or an infinity into that half of the state.
+__device__ __forceinline__ float* retention(const PrefillParams& p, int half, int head) {
+  return p.retention + (static_cast<int64_t>(half) * p.HV + head) * p.slots;
+}
+
+constexpr int kMaxPlannedChunks =
+    16384;  // of a sequence whose chain is shared: a sum for each of them in shared memory
 
 // The sequence that slot `slot` belongs to, if any does.
 __device__ __forceinline__ int sequence_of_slot(const PrefillParams& p, int slot) {

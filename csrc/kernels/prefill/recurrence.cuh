@@ -17,6 +17,9 @@
 // The compiler keeps products in flight only where it sees that nobody touches their registers: hence nothing is in
 // flight from one turn of the loop to the next, and the output leaves packed.
 //
+// Where SMs are left over, several CTAs share a chain: each has a segment of the chunks, and begins early enough before it
+// that what came still earlier is gone, by what `prepare` says of the decays (`plan_segment`).
+//
 // Each warp holds its 16 rows of S as S / 2^E, with E such that fp16 holds them: U / 2^E stays under 2^3, and E follows
 // the size of S every few chunks. Rows never mix, so no two warps need agree on E.
 //
@@ -49,8 +52,73 @@ struct RecurrenceSmem {
   static constexpr int kTileBytes = kChunk * kTileRow;
   static constexpr int kTiles = kStages * kStage;
   static constexpr int kBarriers = kTiles + kHalves * kTileBytes;
-  static constexpr int kBytes = kBarriers + 8 * 2 * (kStages + kHalves);
+  static constexpr int kPlan = kBarriers + 8 * 2 * (kStages + kHalves);  // Segment, and int [4]: of a warp's state
+  static constexpr int kBytes = kPlan + 16 + 16;
 };
+
+// Chunks of one CTA: it begins at chunk `start`, and makes the output of chunks first..end-1.
+struct Segment {
+  int start, first, end;
+};
+
+constexpr int kPlanning = 1;  // a named barrier
+constexpr float kForgotten =
+    -96.0f;  // log2 of what is left of a state that fp32 takes for nothing: its resolution is 2^-24
+
+// What CTA `index` of the p.segments that share a chain is to do; for a whole warp. `prefix` has room for chunks + 1
+// floats. A state that is multiplied by matrices whose norms have a product below 2^kForgotten leaves nothing in fp32, so
+// that a segment may begin with zeros that long before its first chunk; it begins at chunk 0 where the decays are not as
+// steep, or where a NaN or an infinity has come up before (their sum is a NaN then). If that makes a CTA late, fewer share
+// the chain: the rest of them find nothing to do.
+__device__ __forceinline__ Segment plan_segment(const PrefillParams& p, const float* retention, int chunks, int index,
+                                                bool from_the_start, float* prefix) {
+  const int lane = threadIdx.x & 31;
+  float sum = 0.0f;
+  for (int base = 0; base < chunks; base += 32) {
+    float x = base + lane < chunks ? __ldcg(retention + base + lane) : 0.0f;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const float other = __shfl_up_sync(0xffffffffu, x, step);
+      if (lane >= step) x += other;
+    }
+    if (base + lane < chunks) prefix[base + lane + 1] = sum + x;
+    sum += __shfl_sync(0xffffffffu, x, 31);
+  }
+  if (lane == 0) prefix[0] = 0.0f;
+  __syncwarp();
+
+  const auto start_for = [&](int first) {
+    if (from_the_start || !(prefix[first] - prefix[0] <= kForgotten)) return 0;
+    int lo = 0, hi = first;  // enough is forgotten from lo on, and not from hi on
+    while (hi - lo > 1) {
+      const int middle = (lo + hi) / 2;
+      (prefix[first] - prefix[middle] <= kForgotten ? lo : hi) = middle;
+    }
+    return lo;
+  };
+  // The chunks of the slowest of `count` CTAs.
+  const auto cost_of = [&](int count) {
+    const int length = (chunks + count - 1) / count;
+    int cost = 0;
+    for (int i = lane; i < count; i += 32) {
+      const int first = min(i * length, chunks), end = min(first + length, chunks);
+      if (end > first) cost = max(cost, end - start_for(first));
+    }
+    return static_cast<int>(__reduce_max_sync(0xffffffffu, static_cast<unsigned>(cost)));
+  };
+  int count = 1, best = chunks;
+  for (int candidate : {2, p.segments}) {
+    if (candidate > p.segments) continue;
+    const int cost = cost_of(candidate);
+    if (cost < best) {
+      best = cost;
+      count = candidate;
+    }
+  }
+  const int length = max((chunks + count - 1) / count, 1);
+  const int first = min(index * length, chunks), end = min(first + length, chunks);
+  return {start_for(first), first, end};
+}
 
 // A place in a ring and the parity of its barriers' phase.
 template <int kStages>
@@ -65,44 +133,81 @@ struct RingPosition {
   }
 };
 
-using Barrier = cutlass::arch::ClusterBarrier;
-using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
+// Calls `function` with a pointer to element (v, k) of the state at `states` + `matrix` elements, typed, and whether the keys of
+// a value channel are contiguous there: for the first row and column of this thread in a warp's rows from `first_row` on.
+template <int K, class Function>
+__device__ __forceinline__ void with_state(const PrefillParams& p, const void* states, int64_t matrix, int first_row,
+                                           const Function& function) {
+  const int lane = threadIdx.x & 31, v = first_row + (lane >> 2), k = 2 * (lane & 3);
+  const int64_t at = matrix + (p.state_v_first ? static_cast<int64_t>(v) * K + k : static_cast<int64_t>(k) * p.V + v);
+  if (p.state_dtype == DType::kFP32) {
+    float* const first = static_cast<float*>(const_cast<void*>(states)) + at;
+    p.state_v_first ? function(first, std::true_type{}) : function(first, std::false_type{});
+  } else {
+    __nv_bfloat16* const first = static_cast<__nv_bfloat16*>(const_cast<void*>(states)) + at;
+    p.state_v_first ? function(first, std::true_type{}) : function(first, std::false_type{});
+  }
+}
 
-template <class Element, int K>
-__device__ __forceinline__ float load_state(const PrefillParams& p, int64_t matrix, int v, int k) {
-  int64_t at = matrix + (p.state_v_first ? static_cast<int64_t>(v) * K + k : static_cast<int64_t>(k) * p.V + v);
-  return load_float<Element>(p.initial_state, at);
+// Reads this warp's rows of a state.
+template <int K>
+__device__ __forceinline__ void load_state(const PrefillParams& p, const void* states, int64_t matrix, int first_row,
+                                           float (&s)[K / 2]) {
+  with_state<K>(p, states, matrix, first_row, [&](const auto* first, auto v_first) {
+    using T = std::decay_t<decltype(*first)>;
+    int V = p.V;
+    asm volatile("" : "+r"(V));  // else its multiples take registers all along
+#pragma unroll
+    for (int i = 0; i < K / 8; ++i)  // channels 8 i + 2 t and the next
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float2 x;
+        if constexpr (decltype(v_first)::value) {
+          const T* at = first + 8 * half * K + 8 * i;
+          if constexpr (std::is_same_v<T, float>) {
+            x = *reinterpret_cast<const float2*>(at);
+          } else {
+            x = unpack<T>(*reinterpret_cast<const uint32_t*>(at));
+          }
+        } else {
+          const T* at = first + 8 * i * V + 8 * half;
+          x = {static_cast<float>(at[0]), static_cast<float>(at[V])};
+        }
+        s[4 * i + 2 * half] = x.x;
+        s[4 * i + 2 * half + 1] = x.y;
+      }
+  });
 }
 
 // Writes this warp's rows of S, 2^E times what the accumulators hold.
 template <int K>
 __device__ __forceinline__ void store_state(const PrefillParams& p, void* states, int64_t matrix, int first_row,
                                             const float (&s)[K / 2], int exponent) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   // In two steps, since 2^E may be out of the range of a float where S is zero or tiny.
   const float factor = power_of_two(exponent - exponent / 2), factor2 = power_of_two(exponent / 2);
+  with_state<K>(p, states, matrix, first_row, [&](auto* first, auto v_first) {
+    using T = std::decay_t<decltype(*first)>;
+    int V = p.V;
+    asm volatile("" : "+r"(V));  // else its multiples take registers all along
 #pragma unroll
-  for (int i = 0; i < K / 2; i += 2) {
-    int v = first_row + g + (i >> 1 & 1) * 8, k = (i >> 2) * 8 + 2 * t;
-    float x = s[i] * factor * factor2, y = s[i + 1] * factor * factor2;
-    if (p.state_v_first) {
-      int64_t at = matrix + static_cast<int64_t>(v) * K + k;
-      if (p.state_dtype == DType::kFP32) {
-        *reinterpret_cast<float2*>(static_cast<float*>(states) + at) = {x, y};
-      } else {
-        *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(states) + at) = pack<__nv_bfloat16>(x, y);
+    for (int i = 0; i < K / 8; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float x = s[4 * i + 2 * half] * factor * factor2, y = s[4 * i + 2 * half + 1] * factor * factor2;
+        if constexpr (decltype(v_first)::value) {
+          T* at = first + 8 * half * K + 8 * i;
+          if constexpr (std::is_same_v<T, float>) {
+            *reinterpret_cast<float2*>(at) = {x, y};
+          } else {
+            *reinterpret_cast<uint32_t*>(at) = pack<T>(x, y);
+          }
+        } else {
+          T* at = first + 8 * i * V + 8 * half;
+          at[0] = static_cast<T>(x);
+          at[V] = static_cast<T>(y);
+        }
       }
-    } else {
-      int64_t at = matrix + static_cast<int64_t>(k) * p.V + v;
-      if (p.state_dtype == DType::kFP32) {
-        static_cast<float*>(states)[at] = x;
-        static_cast<float*>(states)[at + p.V] = y;
-      } else {
-        static_cast<__nv_bfloat16*>(states)[at] = __float2bfloat16(x);
-        static_cast<__nv_bfloat16*>(states)[at + p.V] = __float2bfloat16(y);
-      }
-    }
-  }
+  });
 }
 
 template <size_t N>
@@ -123,23 +228,24 @@ __device__ __forceinline__ void scale_by_power(float (&s)[N], int by) {
 
 // Warp `warp` of those that take the output of 64 value channels from its tile to global memory, chunk after chunk.
 template <int K, int kHalves>
-__device__ __forceinline__ void store_outputs(const PrefillParams& p, const Sequence& seq, int head, int half,
-                                              int index, int warp, char* smem) {
+__device__ __forceinline__ void store_outputs(const PrefillParams& p, const Sequence& seq, const Segment& segment,
+                                              int head, int half, int index, int warp, char* smem) {
   using Smem = RecurrenceSmem<K, kHalves>;
   constexpr int kRows = 4 * Smem::kStoreWarps;  // that the warps store at a time, 8 lanes a row
   uint64_t* const tile_full = reinterpret_cast<uint64_t*>(smem + Smem::kBarriers) + 2 * Smem::kStages + index;
   uint64_t* const tile_empty = tile_full + kHalves;
-  const int lane = threadIdx.x & 31, chunks = chunks_of(seq.length), first = 4 * warp + lane / 8;
+  const int lane = threadIdx.x & 31, first = 4 * warp + lane / 8;
   const char* const tile = smem + Smem::kTiles + index * Smem::kTileBytes + first * Smem::kTileRow + lane % 8 * 16;
-  char* out = static_cast<char*>(p.out) + (seq.batch * p.out_strides[0] + (seq.start + first) * p.out_strides[1] +
+  const int64_t token = seq.start + static_cast<int64_t>(segment.first) * kChunk + first;
+  char* out = static_cast<char*>(p.out) + (seq.batch * p.out_strides[0] + token * p.out_strides[1] +
                                            head * p.out_strides[2] + 64 * half + lane % 8 * 8) *
                                               2;
   const int64_t step = kRows * p.out_strides[1] * 2;
-  if (chunks == 0) return;
+  if (segment.first == segment.end) return;
   Barrier::wait(tile_full, 0);  // the first tile is none
   if (lane == 0) Barrier::arrive(tile_empty);
-  for (int c = 0; c < chunks; ++c) {
-    Barrier::wait(tile_full, (c + 1) & 1);
+  for (int c = segment.first; c < segment.end; ++c) {
+    Barrier::wait(tile_full, (c - segment.first + 1) & 1);
     const int valid = seq.length - c * kChunk - first;
 #pragma unroll
     for (int i = 0; i < kChunk / kRows; i += 4) {
@@ -159,6 +265,7 @@ template <class Element, int K, int kHalves>
 __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __grid_constant__ PrefillParams p) {
   using Smem = RecurrenceSmem<K, kHalves>;
   using In = Record<K>;
+  constexpr int kThreads = 128 * (kHalves + 1);
   extern __shared__ __align__(1024) char smem[];
   uint64_t* const full = reinterpret_cast<uint64_t*>(smem + Smem::kBarriers);
   uint64_t* const empty = full + Smem::kStages;
@@ -166,10 +273,14 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
   uint64_t* const tile_empty = tile_full + kHalves;
 
   const int warpgroup = cutlass::canonical_warp_group_idx();
-  const int ctas = p.V / 64 / kHalves;  // for a sequence and head
-  const int part = blockIdx.x % ctas, head = blockIdx.x / ctas % p.HV, n = p.first_sequence + blockIdx.x / ctas / p.HV;
+  const int parts = p.V / 64 / kHalves, segments = kHalves == 1 ? p.segments : 1;
+  const int part = blockIdx.x % parts, index = blockIdx.x / parts % segments;
+  const int chain = blockIdx.x / parts / segments, head = chain % p.HV, n = p.first_sequence + chain / p.HV;
   const Sequence seq = sequence(p, n);
   const int chunks = chunks_of(seq.length);
+  Segment* const plan = reinterpret_cast<Segment*>(smem + Smem::kPlan);
+  int* const is_finite = reinterpret_cast<int*>(smem + Smem::kPlan + 16);  // [4]
+  Segment segment{0, 0, chunks};
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < Smem::kStages; ++i) {
@@ -187,27 +298,42 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
   if (warpgroup == kHalves) {  // ---------------------------------------------------------------------------- copies
     cutlass::arch::warpgroup_reg_dealloc<40>();
     const int warp = cutlass::canonical_warp_idx_sync() - 4 * kHalves, lane = threadIdx.x & 31;
+    if (warp == 0) wait_for_previous_kernel();
+    if (segments > 1) {
+      named_barrier(kPlanning, kThreads);  // the initial state has been looked at
+      if (warp == 0) {
+        const bool all_finite = is_finite[0] && is_finite[1] && is_finite[2] && is_finite[3];
+        segment = plan_segment(p, retention(p, part, head) + seq.first_slot, chunks, index, !all_finite,
+                               reinterpret_cast<float*>(smem));
+        fence_async_proxy();  // the sums lie where records will be copied to
+        if (lane == 0) *plan = segment;
+      }
+      named_barrier(kPlanning, kThreads);
+      segment = *plan;
+    }
     if (warp > 0) {
-      const int index = (warp - 1) / Smem::kStoreWarps;
+      const int tile = (warp - 1) / Smem::kStoreWarps;
       if (warp < 3)
-        store_outputs<K, kHalves>(p, seq, head, part * kHalves + index, index, (warp - 1) % Smem::kStoreWarps, smem);
+        store_outputs<K, kHalves>(p, seq, segment, head, part * kHalves + tile, tile, (warp - 1) % Smem::kStoreWarps,
+                                  smem);
       return;
     }
     if (lane != 0) return;
-    wait_for_previous_kernel();
     RingPosition<Smem::kStages> ring;
-    for (int c = 0; c < chunks; ++c) {
+    for (int c = segment.start; c < segment.end; ++c) {
+      const bool has_output = c >= segment.first;
       const char* in = record<K>(p, seq.first_slot + c, head);
       char* to = smem + ring.stage * Smem::kStage;
       uint64_t* barrier = full + ring.stage;
       Barrier::wait(empty + ring.stage, ring.phase ^ 1);
-      TransactionBarrier::arrive_and_expect_tx(barrier, Smem::kCopiedBytes);
+      TransactionBarrier::arrive_and_expect_tx(barrier, has_output ? Smem::kCopiedBytes : Smem::kQ);
       if constexpr (kHalves == 2) {
         cute::SM90_BULK_COPY_G2S::copy(in, barrier, to, Smem::kCopiedBytes);
       } else {
         cute::SM90_BULK_COPY_G2S::copy(in, barrier, to, In::kU);
         cute::SM90_BULK_COPY_G2S::copy(in + In::kU + part * In::kUHalfBytes, barrier, to + In::kU, In::kUHalfBytes);
-        cute::SM90_BULK_COPY_G2S::copy(in + In::kQ, barrier, to + Smem::kQ, Smem::kCopiedBytes - Smem::kQ);
+        if (has_output)
+          cute::SM90_BULK_COPY_G2S::copy(in + In::kQ, barrier, to + Smem::kQ, Smem::kCopiedBytes - Smem::kQ);
       }
       ring.next();
     }
@@ -216,7 +342,7 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
 
   // ------------------------------------------------------------------------------------------------------------ state
   cutlass::arch::warpgroup_reg_alloc<kHalves == 1 ? 240 : 232>();
-  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread & 31, g = lane >> 2, t = lane & 3;
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread & 31, t = lane & 3;
   const int half = part * kHalves + warpgroup;  // which 64 value channels
   const int first_row = 64 * half + 16 * warp;
   const int64_t matrix_size = static_cast<int64_t>(K) * p.V;
@@ -226,20 +352,26 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
   float s[K / 2];
   int exponent = -200;  // S is 2^exponent times what the registers hold
   if (p.initial_state != nullptr) {
-#pragma unroll
-    for (int i = 0; i < K / 2; ++i) {
-      int v = first_row + g + (i >> 1 & 1) * 8, k = (i >> 2) * 8 + 2 * t + (i & 1);
-      s[i] = p.state_dtype == DType::kFP32 ? load_state<float, K>(p, matrix, v, k)
-                                           : load_state<__nv_bfloat16, K>(p, matrix, v, k);
-    }
-    uint32_t bits = largest_magnitude(s);
-    if (bits != 0) {
-      exponent = exponent_of(bits) - kHeadroom;
-      scale_by_power(s, -exponent);
-    }
+    load_state<K>(p, p.initial_state, matrix, first_row, s);
   } else {
 #pragma unroll
     for (int i = 0; i < K / 2; ++i) s[i] = 0.0f;
+  }
+  uint32_t bits = largest_magnitude(s);
+  if (segments > 1) {
+    if (lane == 0) is_finite[warp] = exponent_of(bits) < 128;
+    named_barrier(kPlanning, kThreads);
+    named_barrier(kPlanning, kThreads);
+    segment = *plan;
+    if (segment.start > 0) {
+      bits = 0;
+#pragma unroll
+      for (int i = 0; i < K / 2; ++i) s[i] = 0.0f;
+    }
+  }
+  if (bits != 0) {
+    exponent = exponent_of(bits) - kHeadroom;
+    scale_by_power(s, -exponent);
   }
 
   int64_t states_at = 0;  // where the intermediate states of this sequence go
@@ -281,7 +413,7 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
   };
 
   // The output of the chunk before, transposed into the tile. The first tile of all is no output, and is thrown away.
-  uint32_t o_packed[16] = {};
+  uint32_t o_packed[16];
   uint32_t tile_phase = 0;
   const auto hand_over_output = [&]() {
     Barrier::wait(tile_empty + warpgroup, tile_phase ^ 1);
@@ -320,15 +452,18 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
   };
 
   RingPosition<Smem::kStages> ring;
-  if (chunks > 0) {
+  if (segment.start < segment.end) {
     Barrier::wait(full, 0);
     load_u(smem, 0);
     load_decay(smem);
     pack_state();
   }
-  for (int c = 0; c < chunks; ++c) {
+  // Before `segment.first` the output is that of leftovers in shared memory, and nobody takes it: a loop of its own for these
+  // chunks would make the compiler spill.
+  for (int c = segment.start; c < segment.end; ++c) {
     const char* stage = smem + ring.stage * Smem::kStage;
-    if (p.states != nullptr) store_state<K>(p, p.states, states_at + c * p.HV * matrix_size, first_row, s, exponent);
+    if (p.states != nullptr && c >= segment.first)
+      store_state<K>(p, p.states, states_at + c * p.HV * matrix_size, first_row, s, exponent);
     const uint64_t w = descriptor_k_major(smem_address(stage + In::kW));
     fence_registers(u);
     fence_registers(s_packed);
@@ -349,13 +484,15 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
     }
     fence_registers(s);
 
-    const uint64_t q = descriptor_k_major(smem_address(stage + Smem::kQ));
-    fence_registers(o);
-    cute::warpgroup_arrive();
+    {
+      const uint64_t q = descriptor_k_major(smem_address(stage + Smem::kQ));
+      fence_registers(o);
+      cute::warpgroup_arrive();
 #pragma unroll
-    for (int k = 0; k < K / 16; ++k)
-      wgmma_rs<64, Major::K>(o, s_packed + 4 * k, advance(q, k / 4 * kHalfBytes + k % 4 * 32), k > 0);
-    cute::warpgroup_commit_batch();
+      for (int k = 0; k < K / 16; ++k)
+        wgmma_rs<64, Major::K>(o, s_packed + 4 * k, advance(q, k / 4 * kHalfBytes + k % 4 * 32), k > 0);
+      cute::warpgroup_commit_batch();
+    }
 
     cute::warpgroup_wait<1>();
     fence_registers(u);
@@ -363,23 +500,24 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
 #pragma unroll
     for (int i = 0; i < 16; ++i) u_packed[i] = pack<__half>(u[2 * i], u[2 * i + 1]);
     const uint64_t kr = descriptor_mn_major(smem_address(stage + In::kKr));
-    const uint64_t pd = descriptor_k_major(smem_address(stage + Smem::kP));
     fence_registers(s);
     fence_registers(u_packed);
     cute::warpgroup_arrive();
 #pragma unroll
     for (int k = 0; k < 4; ++k) wgmma_rs<K, Major::MN>(s, u_packed + 4 * k, advance(kr, k * 16 * kRowBytes));
     cute::warpgroup_commit_batch();
+    {
+      const uint64_t pd = descriptor_k_major(smem_address(stage + Smem::kP));
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_rs<64, Major::K>(o, u_packed + 4 * k, advance(pd, k * 32));
-    cute::warpgroup_commit_batch();
-
-    hand_over_output();
+      for (int k = 0; k < 4; ++k) wgmma_rs<64, Major::K>(o, u_packed + 4 * k, advance(pd, k * 32));
+      cute::warpgroup_commit_batch();
+      if (c > segment.first || c == segment.start) hand_over_output();
+    }
     // After the last chunk once more its own: loads under a condition would keep the old values alive all along.
     const char* next = stage;
     const int stage_in_use = ring.stage;
     ring.next();
-    if (c + 1 < chunks) {
+    if (c + 1 < segment.end) {
       next = smem + ring.stage * Smem::kStage;
       Barrier::wait(full + ring.stage, ring.phase);
     }
@@ -388,21 +526,24 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
     cute::warpgroup_wait<1>();
     fence_registers(s);
     pack_state();
-    cute::warpgroup_wait<0>();
-    fence_registers(o);
+    {
+      cute::warpgroup_wait<0>();
+      fence_registers(o);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float2 f = reinterpret_cast<const float2*>(stage + Smem::kScale)[4 * i + t];
-      f = {f.x * unit, f.y * unit};
-      o_packed[2 * i] = pack<Element>(o[4 * i] * f.x, o[4 * i + 1] * f.y);
-      o_packed[2 * i + 1] = pack<Element>(o[4 * i + 2] * f.x, o[4 * i + 3] * f.y);
+      for (int i = 0; i < 8; ++i) {
+        float2 f = reinterpret_cast<const float2*>(stage + Smem::kScale)[4 * i + t];
+        f = {f.x * unit, f.y * unit};
+        o_packed[2 * i] = pack<Element>(o[4 * i] * f.x, o[4 * i + 1] * f.y);
+        o_packed[2 * i + 1] = pack<Element>(o[4 * i + 2] * f.x, o[4 * i + 3] * f.y);
+      }
     }
     Barrier::arrive(empty + stage_in_use);
     fence_registers(o_packed);  // `o` and `decay` are never both alive: there is no room
     load_decay(next);
   }
-  if (chunks > 0) hand_over_output();
-  if (p.final_state != nullptr) store_state<K>(p, p.final_state, matrix, first_row, s, exponent);
+  if (segment.first < segment.end) hand_over_output();
+  const bool is_last = segment.end == chunks && (segment.first < chunks || (chunks == 0 && index == 0));
+  if (p.final_state != nullptr && is_last) store_state<K>(p, p.final_state, matrix, first_row, s, exponent);
 }
 
 }  // namespace kda

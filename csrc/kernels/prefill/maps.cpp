@@ -1,0 +1,50 @@
+#include "kernels/prefill/maps.h"
+
+namespace kda {
+
+namespace {
+
+// The driver's function, found through the runtime, so that nothing links to the driver.
+cudaError_t find_encoder(decltype(&cuTensorMapEncodeTiled)& encode) {
+  static decltype(&cuTensorMapEncodeTiled) found = nullptr;  // the same whoever writes it
+  if (found == nullptr) {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+    if (error != cudaSuccess) return error;
+    if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+    found = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }
+  encode = found;
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t make_maps(const PrefillParams& params, PrepareMaps& maps) {
+  decltype(&cuTensorMapEncodeTiled) encode;
+  if (cudaError_t error = find_encoder(encode); error != cudaSuccess) return error;
+
+  const auto make = [&](CUtensorMap& map, const void* base, DType dtype, int width, int heads,
+                        const int64_t (&strides)[3]) {
+    const cuuint64_t element = dtype == DType::kFP32 ? 4 : 2;
+    const CUtensorMapDataType type = dtype == DType::kFP32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                     : dtype == DType::kFP16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                             : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(heads),
+                                 static_cast<cuuint64_t>(params.T), static_cast<cuuint64_t>(params.B)};
+    const cuuint64_t bytes[3] = {strides[2] * element, strides[1] * element, strides[0] * element};
+    const cuuint32_t box[4] = {static_cast<cuuint32_t>(128 / element), 1, 64, 1}, steps[4] = {1, 1, 1, 1};
+    return encode(&map, type, 4, const_cast<void*>(base), sizes, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  };
+  const bool made = make(maps.q, params.q, params.dtype, params.K, params.H, params.q_strides) &&
+                    make(maps.k, params.k, params.dtype, params.K, params.H, params.k_strides) &&
+                    make(maps.v, params.v, params.dtype, params.V, params.HV, params.v_strides) &&
+                    make(maps.g, params.g, params.g_dtype, params.K, params.HV, params.g_strides);
+  return made ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace kda
