@@ -573,8 +573,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
   }
   if constexpr (kGate != Gate::kSafe) {
     if (out_of_range[warp] || out_of_range[4 + warp]) {
-      float4* const sums = exchange + 2 * side * 32;  // which the other warp has not read yet, perhaps
-      named_barrier(kPair + warp, 64);
+      float4* const sums = exchange + 2 * (1 - side) * 32;  // which were for this warp only, and have been read
       exact_diagonal<Element, K, kGate, kFloatGate>(p, gate, *place, block, side == 0, gate_bias, norms, sums);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
