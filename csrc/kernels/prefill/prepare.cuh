@@ -4,9 +4,9 @@
 //   1. A pair of warps, one of each warpgroup, takes a block of 16 tokens, half of the channels each, 16 at a time: gate →
 //      log-decay (base 2) → sums over tokens by products with 0/1 matrices → decays by ex2. q^ and k^ decayed from the
 //      start of the block, and k^ decayed to its end, replace the q, k and g tiles as fp16: all factors are ≤ 1.
-//      The diagonal 16 × 16 blocks of A and P are multiplied in tf32 with the start of the block as reference, where
-//      factors reach 2^116; a block whose decays leave that range is done again by `exact_diagonal`, for which no gate is
-//      too steep.
+//      The diagonal 16 × 16 blocks of A and P are multiplied in tf32 relative to one point for all tokens, where factors
+//      reach 2^116; a block whose decays leave that range is done again by `exact_diagonal`, for which no gate is too
+//      steep.
 //   2. The blocks below the diagonal, those of P by the first warpgroup and of A by the second: (1, 0) and (3, 2) as they
 //      are, (2..3, 0..1) relative to the middle of the chunk.
 //   3. The first warpgroup makes X = (I + A)^-1: the diagonal blocks by substitution in fp32, one column a lane; then a
@@ -40,7 +40,7 @@ constexpr int prepare_ctas() {
 }
 constexpr int kStagger = 2500;            // ns
 constexpr int kPair = 1, kWarpgroup = 5;  // named barriers: four and two
-constexpr float kMaxFactored = 116.0f;    // |log2| of a factor in a diagonal block; the safe gate stays under it
+constexpr float kMaxFactored = 232.0f;    // |log2| of what a block decays by; the safe gate stays under 116
 constexpr float kLowestDecay = -192.0f;   // log2; its power is 0 in fp32, and so is that of anything below
 constexpr float kTruncation = 1.0f + 0.7213f / 2048.0f;
 constexpr float kTwoTruncations = kTruncation * kTruncation;  // of a product
@@ -455,7 +455,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
   uint32_t slowest_bits[4] = {~0u, ~0u, ~0u, ~0u};
   const DecaySum sum_decays;
   const StripeAddress stripe_address;
-#pragma unroll 2
+#pragma unroll(kGate == Gate::kSafe ? 2 : 1)
   for (int c = side * (K / 16); c < (side + 1) * (K / 16); ++c) {  // 8 channels
     const int at = stripe_address(warp, c);
     float decay[4], up_to[4], whole[4];
@@ -492,11 +492,16 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
     uint32_t qf[2], kf[2], cf[2];
     load_matrices(qf, query + at);
     load_matrices(kf, key + at);
-    float undo[2];  // from the end of the block to its start: above 1
+    // The diagonal block's reference: the start, or for gates without a bound a point halfway, which doubles the range.
+    float undo[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      if constexpr (kGate != Gate::kSafe) largest = fmaxf(largest, -whole[e]);
-      undo[e] = exp2_approx(-whole[e]);
+      if constexpr (kGate == Gate::kSafe) {
+        undo[e] = exp2_approx(-whole[e]);
+      } else {
+        largest = fmaxf(largest, -whole[e]);
+        undo[e] = 0.5f * whole[e];
+      }
     }
     uint32_t rows_q[4], rows_k[4], columns[2][2];
 #pragma unroll
@@ -511,9 +516,16 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
         q_start[e] = qv[e] * from_start[e];
         k_start[e] = kv[e] * from_start[e];
         k_end[e] = kv[e] * exp2_approx(whole[e] - up_to[2 * half + e]);
-        rows_q[half + 2 * e] = __float_as_uint(q_start[e]);
-        rows_k[half + 2 * e] = __float_as_uint(k_start[e]);
-        columns[half][e] = __float_as_uint(k_end[e] * undo[e]);
+        if constexpr (kGate == Gate::kSafe) {
+          rows_q[half + 2 * e] = __float_as_uint(q_start[e]);
+          rows_k[half + 2 * e] = __float_as_uint(k_start[e]);
+          columns[half][e] = __float_as_uint(k_end[e] * undo[e]);
+        } else {
+          const float from_middle = up_to[2 * half + e] - undo[e], row = exp2_approx(from_middle);
+          rows_q[half + 2 * e] = __float_as_uint(qv[e] * row);
+          rows_k[half + 2 * e] = __float_as_uint(kv[e] * row);
+          columns[half][e] = __float_as_uint(kv[e] * exp2_approx(-from_middle));
+        }
       }
       qf[half] = pack<__half>(q_start[0], q_start[1]);
       kf[half] = pack<__half>(k_start[0], k_start[1]);
@@ -769,6 +781,8 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
     const float bw[2] = {beta_w[block + g], beta_w[block + g + 8]}, bu[2] = {beta_u[block + g], beta_u[block + g + 8]};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      fence_registers(x[i][0]);  // one after the other: there are no registers for all at once
+      fence_registers(x[i][1]);
       uint32_t w[4], high[4], low[4];
 #pragma unroll
       for (int m = 0; m < 2; ++m)
@@ -797,38 +811,41 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
   }
   __syncthreads();
 
+  // Who this is, anew.
+  const int group = __shfl_sync(0xffffffffu, this_thread() >> 7, 0), quarter = this_thread() / 32 % 4;
+  const int this_lane = this_thread() % 32;
+
   // ---- 4. W = X K^+, 64 columns a warpgroup, which take the place of those of K^+
-  if (K == 128 || side == 0) {
+  if (K == 128 || group == 0) {
     float w[32];
     fence_registers(w);
     cute::warpgroup_arrive();
     const uint64_t xd = descriptor_k_major(smem_address(smem + Smem::kXOfW));
-    const uint64_t kd = descriptor_mn_major(smem_address(key + side * kHalfBytes));
+    const uint64_t kd = descriptor_mn_major(smem_address(key + group * kHalfBytes));
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       wgmma_ss<__half, Major::K, Major::MN>(w, advance(xd, j * 32), advance(kd, j * 16 * kRowBytes), j > 0);
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<0>();
     fence_registers(w);
-    named_barrier(kWarpgroup + side, 128);  // all four warps' products are done
-    const int warp = this_thread() / 32 % 4;
+    named_barrier(kWarpgroup + group, 128);  // all four warps' products are done
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const float* x8 = w + 8 * c;
-      store_matrices(key + block_address(warp, 4 * side + c), pack<__half>(x8[0], x8[1]), pack<__half>(x8[2], x8[3]),
-                     pack<__half>(x8[4], x8[5]), pack<__half>(x8[6], x8[7]));
+      store_matrices(key + block_address(quarter, 4 * group + c), pack<__half>(x8[0], x8[1]),
+                     pack<__half>(x8[2], x8[3]), pack<__half>(x8[4], x8[5]), pack<__half>(x8[6], x8[7]));
     }
     fence_async_proxy();
-    named_barrier(kWarpgroup + side, 128);
+    named_barrier(kWarpgroup + group, 128);
     if (this_thread() % 128 == 0) {
-      bulk_store(place->out + Out::kW + side * kHalfBytes, key + side * kHalfBytes, kHalfBytes);
+      bulk_store(place->out + Out::kW + group * kHalfBytes, key + group * kHalfBytes, kHalfBytes);
       bulk_store_commit();
     }
   }
 
   // ---- 4. Uᵀ = Vᵀ Xᵀ, 64 value channels a warpgroup
-  if (p.V == 128 || side == 1) {
-    const int half = p.V == 128 ? side : 0;
+  if (p.V == 128 || group == 1) {
+    const int half = p.V == 128 ? group : 0;
     float u[32];
     fence_registers(u);
     cute::warpgroup_arrive();
@@ -850,7 +867,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
     bits = warp_max(bits);
     const int exponent = max(exponent_of(bits), -100) - 14;  // the largest becomes at most 2^15
     const float factor = power_of_two(-exponent);
-    if (lane == 0) reinterpret_cast<int*>(place->out + Out::kExponents)[4 * half + warp] = exponent;
+    if (this_lane == 0) reinterpret_cast<int*>(place->out + Out::kExponents)[4 * half + quarter] = exponent;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float* x8 = u + 8 * i;
@@ -859,8 +876,8 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
       reinterpret_cast<uint4*>(place->out + Out::kU + half * Out::kUHalfBytes)[i * 128 + this_thread() % 128] = r;
     }
     if (p.retention != nullptr) {
-      if (lane == 0 && exponent_of(bits) == 128) chunk_retention[half] = __int_as_float(0x7fffffff);
-      named_barrier(kWarpgroup + side, 128);
+      if (this_lane == 0 && exponent_of(bits) == 128) chunk_retention[half] = __int_as_float(0x7fffffff);
+      named_barrier(kWarpgroup + group, 128);
       if (this_thread() % 128 == 0) retention(p, half, place->head)[blockIdx.x / p.HV] = chunk_retention[half];
     }
   }

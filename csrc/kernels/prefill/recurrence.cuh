@@ -96,17 +96,18 @@ __device__ __forceinline__ Segment plan_segment(const PrefillParams& p, const fl
     }
     return lo;
   };
-  // The chunks of the slowest of `count` CTAs.
+  // The time of the slowest of `count` CTAs, in fifths of a chunk with output. Chunks without are faster unless many CTAs
+  // read them, which L2 limits.
   const auto cost_of = [&](int count) {
-    const int length = (chunks + count - 1) / count;
+    const int length = (chunks + count - 1) / count, before = count > 2 ? 5 : 4;
     int cost = 0;
     for (int i = lane; i < count; i += 32) {
       const int first = min(i * length, chunks), end = min(first + length, chunks);
-      if (end > first) cost = max(cost, end - start_for(first));
+      if (end > first) cost = max(cost, (first - start_for(first)) * before + (end - first) * 5);
     }
     return static_cast<int>(__reduce_max_sync(0xffffffffu, static_cast<unsigned>(cost)));
   };
-  int count = 1, best = chunks;
+  int count = 1, best = 5 * chunks;
   for (int candidate : {2, p.segments}) {
     if (candidate > p.segments) continue;
     const int cost = cost_of(candidate);
@@ -241,11 +242,8 @@ __device__ __forceinline__ void store_outputs(const PrefillParams& p, const Sequ
                                            head * p.out_strides[2] + 64 * half + lane % 8 * 8) *
                                               2;
   const int64_t step = kRows * p.out_strides[1] * 2;
-  if (segment.first == segment.end) return;
-  Barrier::wait(tile_full, 0);  // the first tile is none
-  if (lane == 0) Barrier::arrive(tile_empty);
   for (int c = segment.first; c < segment.end; ++c) {
-    Barrier::wait(tile_full, (c - segment.first + 1) & 1);
+    Barrier::wait(tile_full, (c - segment.first) & 1);
     const int valid = seq.length - c * kChunk - first;
 #pragma unroll
     for (int i = 0; i < kChunk / kRows; i += 4) {
@@ -412,7 +410,7 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
     }
   };
 
-  // The output of the chunk before, transposed into the tile. The first tile of all is no output, and is thrown away.
+  // The output of the chunk before, transposed into the tile.
   uint32_t o_packed[16];
   uint32_t tile_phase = 0;
   const auto hand_over_output = [&]() {
@@ -455,7 +453,6 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
   if (segment.start < segment.end) {
     Barrier::wait(full, 0);
     load_u(smem, 0);
-    load_decay(smem);
     pack_state();
   }
   // Before `segment.first` the output is that of leftovers in shared memory, and nobody takes it: a loop of its own for these
@@ -464,6 +461,7 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
     const char* stage = smem + ring.stage * Smem::kStage;
     if (p.states != nullptr && c >= segment.first)
       store_state<K>(p, p.states, states_at + c * p.HV * matrix_size, first_row, s, exponent);
+    load_decay(stage);
     const uint64_t w = descriptor_k_major(smem_address(stage + In::kW));
     fence_registers(u);
     fence_registers(s_packed);
@@ -511,7 +509,7 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
 #pragma unroll
       for (int k = 0; k < 4; ++k) wgmma_rs<64, Major::K>(o, u_packed + 4 * k, advance(pd, k * 32));
       cute::warpgroup_commit_batch();
-      if (c > segment.first || c == segment.start) hand_over_output();
+      if (c > segment.first) hand_over_output();
     }
     // After the last chunk once more its own: loads under a condition would keep the old values alive all along.
     const char* next = stage;
@@ -526,9 +524,9 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
     cute::warpgroup_wait<1>();
     fence_registers(s);
     pack_state();
-    {
-      cute::warpgroup_wait<0>();
-      fence_registers(o);
+    cute::warpgroup_wait<0>();
+    fence_registers(o);
+    if (kHalves == 2 || c >= segment.first) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         float2 f = reinterpret_cast<const float2*>(stage + Smem::kScale)[4 * i + t];
@@ -536,10 +534,12 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
         o_packed[2 * i] = pack<Element>(o[4 * i] * f.x, o[4 * i + 1] * f.y);
         o_packed[2 * i + 1] = pack<Element>(o[4 * i + 2] * f.x, o[4 * i + 3] * f.y);
       }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) o_packed[i] = 0;  // so that the old ones need no registers
     }
     Barrier::arrive(empty + stage_in_use);
     fence_registers(o_packed);  // `o` and `decay` are never both alive: there is no room
-    load_decay(next);
   }
   if (segment.first < segment.end) hand_over_output();
   const bool is_last = segment.end == chunks && (segment.first < chunks || (chunks == 0 && index == 0));
