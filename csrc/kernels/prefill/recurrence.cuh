@@ -482,15 +482,13 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
     }
     fence_registers(s);
 
-    {
-      const uint64_t q = descriptor_k_major(smem_address(stage + Smem::kQ));
-      fence_registers(o);
-      cute::warpgroup_arrive();
+    const uint64_t q = descriptor_k_major(smem_address(stage + Smem::kQ));
+    fence_registers(o);
+    cute::warpgroup_arrive();
 #pragma unroll
-      for (int k = 0; k < K / 16; ++k)
-        wgmma_rs<64, Major::K>(o, s_packed + 4 * k, advance(q, k / 4 * kHalfBytes + k % 4 * 32), k > 0);
-      cute::warpgroup_commit_batch();
-    }
+    for (int k = 0; k < K / 16; ++k)
+      wgmma_rs<64, Major::K>(o, s_packed + 4 * k, advance(q, k / 4 * kHalfBytes + k % 4 * 32), k > 0);
+    cute::warpgroup_commit_batch();
 
     cute::warpgroup_wait<1>();
     fence_registers(u);
@@ -504,13 +502,12 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
 #pragma unroll
     for (int k = 0; k < 4; ++k) wgmma_rs<K, Major::MN>(s, u_packed + 4 * k, advance(kr, k * 16 * kRowBytes));
     cute::warpgroup_commit_batch();
-    {
-      const uint64_t pd = descriptor_k_major(smem_address(stage + Smem::kP));
+    const uint64_t pd = descriptor_k_major(smem_address(stage + Smem::kP));
 #pragma unroll
-      for (int k = 0; k < 4; ++k) wgmma_rs<64, Major::K>(o, u_packed + 4 * k, advance(pd, k * 32));
-      cute::warpgroup_commit_batch();
-      if (c > segment.first) hand_over_output();
-    }
+    for (int k = 0; k < 4; ++k) wgmma_rs<64, Major::K>(o, u_packed + 4 * k, advance(pd, k * 32));
+    cute::warpgroup_commit_batch();
+    if (c > segment.first) hand_over_output();
+
     // After the last chunk once more its own: loads under a condition would keep the old values alive all along.
     const char* next = stage;
     const int stage_in_use = ring.stage;
