@@ -63,10 +63,10 @@ size_t prefill_workspace_bytes(const PrefillParams& params) {
 cudaError_t prefill(const PrefillParams& given, cudaStream_t stream) {
   PrefillParams params = given;
   const int step = static_cast<int>(sequences_at_a_time(params));
+  params.segments = segments_of(params, step);  // of the last, smaller launch, too: the workspace is made for these
   for (params.first_sequence = 0; params.first_sequence < params.N; params.first_sequence += step) {
     params.sequences = std::min(step, params.N - params.first_sequence);
     params.slots = static_cast<int>(slots_for(params, params.sequences));
-    params.segments = segments_of(params, params.sequences);
     if (params.segments > 1)
       params.retention =
           reinterpret_cast<float*>(static_cast<char*>(params.workspace) + params.slots * record_bytes(params));

@@ -1,7 +1,7 @@
 // All that a chunk needs besides the state: one CTA of eight warps makes the record of one chunk and value head.
 //
 // Data flow
-//   1. A pair of warps, one of each warpgroup, takes a block of 16 tokens, half of the channels each, 16 at a time: gate →
+//   1. A pair of warps, one of each warpgroup, takes a block of 16 tokens, half of the channels each, 8 at a time: gate →
 //      log-decay (base 2) → sums over tokens by products with 0/1 matrices → decays by ex2. q^ and k^ decayed from the
 //      start of the block, and k^ decayed to its end, replace the q, k and g tiles as fp16: all factors are ≤ 1.
 //      The diagonal 16 × 16 blocks of A and P are multiplied in tf32 relative to one point for all tokens, where factors
@@ -38,7 +38,7 @@ constexpr int prepare_ctas() {
       kGate == Gate::kSafe || (kGate == Gate::kSoftplus && std::is_same_v<Element, __nv_bfloat16>);
   return K == 128 && !kFloatGate && kFewRegisters ? 3 : 2;
 }
-constexpr int kStagger = 2500;            // ns
+constexpr int kStagger = 2500;            // ns between the loads of the first CTAs of an SM
 constexpr int kPair = 1, kWarpgroup = 5;  // named barriers: four and two
 constexpr float kMaxFactored = 232.0f;    // |log2| of what a block decays by; the safe gate stays under 116
 constexpr float kLowestDecay = -192.0f;   // log2; its power is 0 in fp32, and so is that of anything below
@@ -75,13 +75,11 @@ struct PrepareSmem {
   static constexpr int kBetaU = kBetaW + kChunk * 4;               // float [64]: β n
   static constexpr int kNorms = kBetaU + kChunk * 4;               // float [q, k][64]
   static constexpr int kSquares = kNorms + kChunk * 8;             // float [2 halves of the channels][q, k][64]
-  static constexpr int kSlowest =
-      kSquares + kChunk * 16;  // uint [2][64]: log-decay of a token's slowest channel, its bits
-  static constexpr int kOutOfRange =
-      kSlowest + kChunk * 8;                           // int [2][4]: whether a warp saw decays beyond kMaxFactored
-  static constexpr int kRetention = kOutOfRange + 32;  // float [2]: see record.cuh
-  static constexpr int kBarriers = kRetention + 8;     // of q, k and g; of v
-  static constexpr int kPlace = kBarriers + 16;        // Place
+  static constexpr int kSlowest = kSquares + kChunk * 16;          // uint [2][64]: bits of a token's slowest log-decay
+  static constexpr int kOutOfRange = kSlowest + kChunk * 8;  // int [2][4]: whether a warp saw more than kMaxFactored
+  static constexpr int kRetention = kOutOfRange + 32;        // float [2]: see record.cuh
+  static constexpr int kBarriers = kRetention + 8;           // of q, k and g; of v
+  static constexpr int kPlace = kBarriers + 16;              // Place
   static constexpr int kBytes = kPlace + sizeof(Place);
 };
 
@@ -159,9 +157,9 @@ class DecaySum {
   uint32_t matrices[3][4];
 };
 
-// The diagonal block of A / β or (`of_p`) of P without factors above 1, for decays of any size: entry (i, j) belongs to the level at
-// which i and j part, i in the later and j in the earlier half of a run of 2, 4, 8 or 16 tokens, and there both decay
-// towards the boundary between the halves. Reads the inputs again: it is rare, and the tiles are already overwritten.
+// The diagonal block of A / β or (`of_p`) of P without factors above 1, for decays of any size: entry (i, j) belongs to
+// the level at which i and j part, i in the later and j in the earlier half of a run of 2, 4, 8 or 16 tokens, and there
+// both decay towards the boundary between the halves. Reads the inputs again: it is rare, and the tiles are overwritten.
 template <class Element, int K, Gate kGate, bool kFloatGate>
 __device__ __forceinline__ void exact_diagonal(const PrefillParams& p, const GateFunction<kGate>& gate,
                                                const Place& place, int block, bool of_p, const float* bias,
@@ -338,8 +336,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
   if (blockIdx.x < 3 * p.num_sms && gridDim.x > p.num_sms) __nanosleep(blockIdx.x / p.num_sms * kStagger);
 
   // All small loads first, so that they wait together.
-  constexpr int kBetaThreads =
-      kPrepareThreads - kChunk;  // the last 64 threads look after β, the first K after the bias
+  constexpr int kBetaThreads = kPrepareThreads - kChunk;  // from here on they look after β, the first K after the bias
   const float log_rate = p.A_log == nullptr ? 0.0f : __ldg(p.A_log + head);
   float raw_bias = 0.0f, raw_beta = 0.0f;
   if (kGate != Gate::kNone && p.dt_bias != nullptr && thread < K) raw_bias = __ldg(p.dt_bias + head * K + thread);

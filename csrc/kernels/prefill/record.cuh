@@ -91,8 +91,8 @@ __device__ __forceinline__ float* retention(const PrefillParams& p, int half, in
   return p.retention + (static_cast<int64_t>(half) * p.HV + head) * p.slots;
 }
 
-constexpr int kMaxPlannedChunks =
-    16384;  // of a sequence whose chain is shared: a sum for each of them in shared memory
+// Chunks of a sequence whose chain is shared, at most: there is a sum for each of them in shared memory.
+constexpr int kMaxPlannedChunks = 16384;
 
 // The sequence that slot `slot` belongs to, if any does.
 __device__ __forceinline__ int sequence_of_slot(const PrefillParams& p, int slot) {

@@ -9,7 +9,8 @@
 //   warpgroup kHalves         warp 0 copies records into a ring; warps 1 and 2 copy the output, which they find in a tile
 //                             of shared memory for each of the other warpgroups, to `out`.
 //
-// The order in which a warpgroup feeds the tensor cores leaves them no gap (cycles at full rate, K = 128):
+// The order in which a warpgroup feeds the tensor cores (cycles at full rate, K = 128; docs/prefill_kernel.md has what
+// they take):
 //
 //   Ũ -= S W (256)   O = S Q (256)      S += Ũ Kr (256)   O += Ũ P (128)
 //   meanwhile: decay S     pack Ũ               the output of the chunk before, the next U
@@ -62,13 +63,13 @@ struct Segment {
 };
 
 constexpr int kPlanning = 1;  // a named barrier
-constexpr float kForgotten =
-    -96.0f;  // log2 of what is left of a state that fp32 takes for nothing: its resolution is 2^-24
+// log2 of what may be left of a state that is taken for forgotten: 72 bits below the last one of fp32.
+constexpr float kForgotten = -96.0f;
 
 // What CTA `index` of the p.segments that share a chain is to do; for a whole warp. `prefix` has room for chunks + 1
-// floats. A state that is multiplied by matrices whose norms have a product below 2^kForgotten leaves nothing in fp32, so
-// that a segment may begin with zeros that long before its first chunk; it begins at chunk 0 where the decays are not as
-// steep, or where a NaN or an infinity has come up before (their sum is a NaN then). If that makes a CTA late, fewer share
+// floats. A segment begins with zeros where the norms of what multiplies the state up to its first chunk have a product
+// of 2^kForgotten or less; it begins at chunk 0 where the decays are not as steep, or where a NaN or an infinity has come
+// up before (their sum is a NaN then). If that makes a CTA late, fewer share
 // the chain: the rest of them find nothing to do.
 __device__ __forceinline__ Segment plan_segment(const PrefillParams& p, const float* retention, int chunks, int index,
                                                 bool from_the_start, float* prefix) {
