@@ -40,6 +40,11 @@ def recomputed(model, sequences, length, mask=None):
     return output.logits[:, length - 1 :]
 
 
+def assert_continue(sequences, prompts, new=NEW):
+    length = prompts.shape[1]
+    assert sequences.shape == (len(prompts), length + new) and torch.equal(sequences[:, :length], prompts)
+
+
 def assert_greedy(model, sequences, ids, mask=None, new=NEW):
     """
     Each token is the best one, judged without a cache.
@@ -47,36 +52,33 @@ def assert_greedy(model, sequences, ids, mask=None, new=NEW):
     Plain decoding gives the same tokens, unless a random model finds two of them equally good, up to rounding: either
     is right then, and what follows differs.
     """
+    assert_continue(sequences, ids, new)
     length = ids.shape[1]
-    assert sequences.shape == (len(ids), length + new) and torch.equal(sequences[:, :length], ids)
     logits = recomputed(model, sequences, length, mask)
     chosen = logits.gather(-1, sequences[:, length:, None])[..., 0]
     torch.testing.assert_close(chosen, logits.amax(-1), rtol=0, atol=1e-4)
 
 
-def assert_beams(model, output, ids):
+def assert_beams(model, output, ids, returned=1):
     """The score of each beam is the one that its tokens have, judged without a cache."""
-    returned, length = len(output.sequences) // len(ids), ids.shape[1]
-    ids = ids.repeat_interleave(returned, dim=0)
-    assert output.sequences.shape == (len(ids), length + NEW) and torch.equal(output.sequences[:, :length], ids)
+    assert_continue(output.sequences, ids.repeat_interleave(returned, dim=0))
+    length = ids.shape[1]
     scores = recomputed(model, output.sequences, length).log_softmax(-1)
     scores = scores.gather(-1, output.sequences[:, length:, None]).sum((1, 2))
     torch.testing.assert_close(output.sequences_scores, scores / NEW, rtol=0, atol=1e-4)
-    assert len({tuple(tokens.tolist()) for tokens in output.sequences}) == len(ids)
+    assert len({tuple(tokens.tolist()) for tokens in output.sequences}) == returned * len(ids)
 
 
-def assert_sampled(model, given, ids, past_key_values=None, **settings):
+def assert_sampled(model, ids, returned=1, new_cache=lambda: None):
     """Tokens are drawn from the logits that there are without a cache, the same ones for the same seed."""
+    settings = {"do_sample": True, "num_return_sequences": returned, "output_logits": True}
     sequences = []
     for _ in range(2):
         set_seed(7)
-        if past_key_values is not None:
-            settings["past_key_values"] = past_key_values()
-        output = model.generate(given, return_dict_in_generate=True, output_logits=True, **settings)
+        output = model.generate(ids, past_key_values=new_cache(), return_dict_in_generate=True, **settings)
         sequences.append(output.sequences)
-    length = ids.shape[1]
-    assert output.sequences.shape == (len(ids), length + NEW) and torch.equal(output.sequences[:, :length], ids)
-    expected = recomputed(model, output.sequences, length)
+    assert_continue(output.sequences, ids.repeat_interleave(returned, dim=0))
+    expected = recomputed(model, output.sequences, ids.shape[1])
     torch.testing.assert_close(torch.stack(output.logits, dim=1), expected, rtol=0, atol=1e-4)
     assert torch.equal(*sequences)
     assert len({tuple(tokens.tolist()) for tokens in output.sequences}) > 1
@@ -157,13 +159,11 @@ def test_assisted_decoding_is_lossless(model, tiny_model, assistant):
 def test_beams(model):
     ids = prompt(model, batch=2)
     settings = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
-    assert_beams(model, model.generate(ids, **settings), ids)
+    assert_beams(model, model.generate(ids, **settings), ids, returned=2)
 
 
 def test_sampling_and_several_sequences(model):
-    ids = prompt(model, batch=2)
-    settings = {"do_sample": True, "num_return_sequences": 3}
-    assert_sampled(model, ids, ids.repeat_interleave(3, dim=0), **settings)
+    assert_sampled(model, prompt(model, batch=2), returned=3)
 
 
 def test_streaming(model):
@@ -272,8 +272,7 @@ def test_fork_and_restore(model):
     cache = KDACache(model.config)
     model(ids[:, :-1], past_key_values=cache)
     snapshot = cache.snapshot()
-    repeated = ids.repeat(4, 1)
-    assert_sampled(model, repeated, repeated, past_key_values=lambda: cache.fork(4), do_sample=True)
+    assert_sampled(model, ids.repeat(4, 1), new_cache=lambda: cache.fork(4))
 
     for _ in range(2):
         assert_greedy(model, model.generate(ids, past_key_values=cache), ids)

@@ -22,37 +22,36 @@ __device__ __forceinline__ int tile_offset(int row, int chunk) {
 
 __device__ __forceinline__ uint32_t smem_address(const void* p) { return cute::cast_smem_ptr_to_uint(p); }
 
-// Where this lane's row of a 16 × 16 block of a tile lies, for load_matrices and store_matrices: four 8 × 8 matrices. As an
-// A operand of m16n8k16 they are its four registers; as a B operand (a row per n), registers 0 and 2 are n = 0..7,
-// registers 1 and 3 n = 8..15.
-class BlockAddress {
+// Where this lane's row of a 16 × 16 block of a tile lies, for load_matrices and store_matrices: four 8 × 8 matrices, in the
+// order that a derived class gives them.
+class MatricesAddress {
  public:
-  __device__ __forceinline__ BlockAddress() {
-    int lane = threadIdx.x & 31;
-    base = (lane & 15) * kRowBytes + (((lane >> 4) ^ (lane & 7)) << 4);
-  }
   // Rows 16 * row_block.. and columns 16 * column_block.. of the tile.
   __device__ __forceinline__ int operator()(int row_block, int column_block) const {
     return (base ^ (column_block & 3) << 5) + (column_block >> 2) * kHalfBytes + row_block * 16 * kRowBytes;
   }
 
- private:
+ protected:
   int base;
 };
 
-// The same as B operand of m16n8k16, tokens as n: registers 0 and 1 are rows 0..7, registers 2 and 3 rows 8..15.
-class ColumnAddress {
+// As an A operand of m16n8k16 they are its four registers; as a B operand (a row per n), registers 0 and 2 are n = 0..7,
+// registers 1 and 3 n = 8..15.
+class BlockAddress : public MatricesAddress {
+ public:
+  __device__ __forceinline__ BlockAddress() {
+    int lane = threadIdx.x & 31;
+    base = (lane & 15) * kRowBytes + (((lane >> 4) ^ (lane & 7)) << 4);
+  }
+};
+
+// As B operand of m16n8k16, tokens as n: registers 0 and 1 are rows 0..7, registers 2 and 3 rows 8..15.
+class ColumnAddress : public MatricesAddress {
  public:
   __device__ __forceinline__ ColumnAddress() {
     int lane = threadIdx.x & 31;
     base = ((lane & 7) + (lane >> 4) * 8) * kRowBytes + (((lane >> 3 & 1) ^ (lane & 7)) << 4);
   }
-  __device__ __forceinline__ int operator()(int row_block, int column_block) const {
-    return (base ^ (column_block & 3) << 5) + (column_block >> 2) * kHalfBytes + row_block * 16 * kRowBytes;
-  }
-
- private:
-  int base;
 };
 
 // Half of such a block, 16 rows of 8 columns: two matrices.

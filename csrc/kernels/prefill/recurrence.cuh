@@ -69,8 +69,8 @@ constexpr float kForgotten = -96.0f;
 // What CTA `index` of the p.segments that share a chain is to do; for a whole warp. `prefix` has room for chunks + 1
 // floats. A segment begins with zeros where the norms of what multiplies the state up to its first chunk have a product
 // of 2^kForgotten or less; it begins at chunk 0 where the decays are not as steep, or where a NaN or an infinity has come
-// up before (their sum is a NaN then). If that makes a CTA late, fewer share
-// the chain: the rest of them find nothing to do.
+// up before (their sum is a NaN then). If that makes a CTA late, fewer share the chain: the rest of them find nothing to
+// do.
 __device__ __forceinline__ Segment plan_segment(const PrefillParams& p, const float* retention, int chunks, int index,
                                                 bool from_the_start, float* prefix) {
   const int lane = threadIdx.x & 31;
