@@ -26,8 +26,10 @@ def run(dtype: torch.dtype, K: int, V: int, gate: str, lengths: list[int] | None
         inputs["g"] = -g.cpu().float().abs().cuda()
     else:
         spread = 30.0 if gate == "steep softplus" else 1.0  # beyond the range of the factored form
+        shift = -6.5 if gate == "mild" else 0.0
         inputs |= {"g": (g.cpu() * spread).cuda(), "A_log": tensor(HV, dtype=torch.float32)}
-        inputs |= {"dt_bias": tensor(HV, K, dtype=torch.float32), "lower_bound": -5.0 if gate == "safe" else None}
+        inputs |= {"dt_bias": (tensor(HV, K, dtype=torch.float32).cpu() + shift).cuda()}
+        inputs |= {"lower_bound": -5.0 if gate in ("safe", "mild") else None}
     state = (V, K) if state_v_first else (K, V)
     state_dtype = torch.bfloat16 if state_v_first else torch.float32
     results = ops.chunk_kda(
@@ -50,6 +52,8 @@ def main() -> None:
     torch.manual_seed(0)
     for dtype, (K, V), gate, lengths in itertools.product(DTYPES, WIDTHS, GATES, LENGTHS):
         run(dtype, K, V, gate, lengths, state_v_first=dtype == torch.float16)
+    for (K, V), v_first in zip(WIDTHS, (False, True, True, False), strict=True):  # states are composed
+        run(torch.bfloat16, K, V, "mild", [8300, 70], state_v_first=v_first)
     torch.cuda.synchronize()
     print("every call served")
 

@@ -273,6 +273,49 @@ def test_a_nan_is_never_forgotten(name, gate):
     assert torch.equal(o[:, :, 0], clean[0][:, :, 0]) and torch.equal(state[:, 0], clean[1][:, 0])
 
 
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("gate", ["mild", "bimodal", "bimodal softplus"])
+def test_composed_states(gate, widths):
+    """Chains of 128 chunks and more, of so few heads that many CTAs share each, and nothing is forgotten."""
+    K, V = widths
+    inputs = arguments(1, 8229, 1, 2, K, V, gate=gate)
+    o, state, states = kernel(inputs, return_intermediate_states=True)
+    expected = exact(inputs)
+    assert_close(o, state, expected)
+    assert error(states, expected[2]) <= STATE_BOUND
+    again = kernel(inputs)
+    assert torch.equal(again[0], o) and torch.equal(again[1], state)
+
+
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64])
+@pytest.mark.parametrize("lengths", [[8200, 3, 0, 5000], [1, 12000], [64, 4000, 4000, 100, 64]])
+def test_composed_states_of_packed_sequences(lengths, integer):
+    check(packed(lengths, 5, integer, H=1, HV=1, gate="mild"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_composed_state_takes_the_place_of_the_initial_one(dtype):
+    inputs = arguments(1, 9000, 1, 1, gate="mild", state=dtype)
+    call = fwd_arguments(inputs)
+    o, expected = kernel(inputs)
+    state = call["initial_state"]
+    ops.fwd(**call | {"final_state": state})
+    assert torch.equal(state.mT, expected) and torch.equal(call["out"], o)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["k", "v", "g", "beta", "initial_state"])
+def test_composed_states_keep_a_poison(name, value):
+    inputs = arguments(1, 9000, 2, 2, gate="mild")
+    clean = kernel(inputs)
+    inputs[name] = inputs[name].clone()
+    inputs[name][0, 4000 if name != "initial_state" else 1, 1 if name != "initial_state" else 3] = value
+    o, state = kernel(inputs)
+    if not (name in ("g", "beta") and value == math.inf):  # whose functions are finite there
+        assert not o[0, -1, 1].isfinite().all() and not state[0, 1].isfinite().all()
+    assert torch.equal(o[:, :, 0], clean[0][:, :, 0]) and torch.equal(state[:, 0], clean[1][:, 0])
+
+
 @pytest.mark.parametrize("gate", ["steep", "mild", "softplus"])
 def test_every_run_gives_the_same_bits(gate):
     """Many chunks, so that CTAs of both kernels run beside each other in every way."""

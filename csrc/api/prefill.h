@@ -61,6 +61,9 @@ struct PrefillParams {
   int segments;      // CTAs that share a chain of chunks
   float* retention;  // in the workspace: see record.cuh; null where nobody asks
   int slots;
+  int composed_chunks;  // chunks for each segment of a chain whose state is composed, at least; 0: none is composed
+  char* compositions;   // in the workspace: see record.cuh
+  int* flags;           // in the workspace: [HV][sequences][segments][V / 64], whether the composition is there
 };
 
 // Bytes of workspace that a call needs: from shapes, dtypes and num_sms, on the host.

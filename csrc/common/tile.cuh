@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cutlass/arch/barrier.h>
 #include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
@@ -157,6 +158,17 @@ __device__ __forceinline__ void bulk_store_commit() { cute::tma_store_arrive(); 
 // Barrier among `threads` threads, a multiple of 32; id 0 is __syncthreads.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// A flag in global memory: who reads a value other than 0 sees what all threads wrote that the writer of it had waited for.
+__device__ __forceinline__ int load_flag(const int* flag) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void set_flag(int* flag) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
 }
 
 // Programmatic dependent launch: lets the next kernel of the stream start as soon as this one leaves room for it, and

@@ -41,7 +41,8 @@ cudaError_t launch(int64_t ctas, int threads, int smem_bytes, bool overlap, cuda
 
 template <class Element, int K, Gate kGate>
 cudaError_t launch_prepare(const PrefillParams& params, cudaStream_t stream) {
-  const int64_t records = static_cast<int64_t>(params.slots) * params.HV;
+  const int64_t runs = static_cast<int64_t>(params.sequences) * params.segments;
+  const int64_t records = (params.slots + runs - 1) / runs * runs * params.HV;
   PrepareMaps maps;
   if (cudaError_t error = make_maps(params, maps); error != cudaSuccess) return error;
   if (params.g_dtype == DType::kFP32)
@@ -60,9 +61,11 @@ cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream) {
   // With few chains, more SMs serve one: 64 value channels each, and segments of its chunks.
   const int64_t chains = static_cast<int64_t>(params.sequences) * params.HV;
   if (params.V == 128 && 2 * chains > params.num_sms)
-    return launch<recurrence<Element, K, 2>>(chains, 384, RecurrenceSmem<K, 2>::kBytes, true, stream, params);
-  return launch<recurrence<Element, K, 1>>(chains * (params.V / 64) * params.segments, 256,
-                                           RecurrenceSmem<K, 1>::kBytes, true, stream, params);
+    return launch<recurrence<Element, K, 2, false>>(chains, 384, RecurrenceSmem<K, 2>::kBytes, true, stream, params);
+  const int64_t ctas = chains * (params.V / 64) * params.segments;
+  return params.composed_chunks > 0
+             ? launch<recurrence<Element, K, 1, true>>(ctas, 256, RecurrenceSmem<K, 1>::kBytes, true, stream, params)
+             : launch<recurrence<Element, K, 1, false>>(ctas, 256, RecurrenceSmem<K, 1>::kBytes, true, stream, params);
 }
 
 }  // namespace kda

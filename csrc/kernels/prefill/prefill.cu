@@ -16,11 +16,34 @@ int64_t record_bytes(const PrefillParams& params) {
 
 int64_t retention_bytes(const PrefillParams& params) { return 2 * params.HV * sizeof(float); }
 
+int64_t composition_bytes(const PrefillParams& params) {
+  return params.HV *
+         static_cast<int64_t>(params.K == 64 ? Composition<64>::bytes(params.V) : Composition<128>::bytes(params.V));
+}
+
+int64_t flag_bytes(const PrefillParams& params, int64_t sequences, int segments) {
+  return params.HV * sequences * segments * (params.V / 64) * sizeof(int);
+}
+
 // CTAs that may share a chain: as many as SMs are left over for it.
 int segments_of(const PrefillParams& params, int64_t sequences) {
   const int64_t ctas = sequences * params.HV * (params.V / 64), chunks = (params.T + kChunk - 1) / kChunk;
   return chunks > kMaxPlannedChunks ? 1
                                     : static_cast<int>(std::max<int64_t>(std::min(params.num_sms / ctas, chunks), 1));
+}
+
+// From here on composing pays: planning it takes some 6 µs, with steep gates as well, and a third of the time of a mild chain
+// of 128 chunks is saved.
+constexpr int kComposedSegments = 8, kComposedChain = 128;
+
+// Chunks for each segment of a chain, at least, where states are composed: so few that a sequence of half the average
+// length gets all the segments that there are. 0 where no state is.
+int composed_chunks_of(const PrefillParams& params, int64_t sequences) {
+  const int64_t segments = segments_of(params, sequences), chunks = (params.T + kChunk - 1) / kChunk;
+  if (segments < kComposedSegments || chunks < kComposedChain) return 0;
+  const int64_t least =
+      std::max<int64_t>(slots_for(params, sequences) / (2 * sequences * segments), kLeastComposedChunks);
+  return chunks / least < kLeastComposed ? 0 : static_cast<int>(least);
 }
 
 // Sequences of one launch: as many as keep the records within twice the inputs, since a short sequence takes as much room
@@ -57,19 +80,31 @@ const char* prefill_refusal(const PrefillParams& params) {
 
 size_t prefill_workspace_bytes(const PrefillParams& params) {
   const int64_t sequences = sequences_at_a_time(params), slots = slots_for(params, sequences);
-  return slots * (record_bytes(params) + (segments_of(params, sequences) > 1 ? retention_bytes(params) : 0));
+  const int segments = segments_of(params, sequences), composed_chunks = composed_chunks_of(params, sequences);
+  int64_t bytes = slots * (record_bytes(params) + (segments > 1 ? retention_bytes(params) : 0));
+  if (composed_chunks > 0)
+    bytes +=
+        compositions_for(slots, composed_chunks) * composition_bytes(params) + flag_bytes(params, sequences, segments);
+  return bytes;
 }
 
 cudaError_t prefill(const PrefillParams& given, cudaStream_t stream) {
   PrefillParams params = given;
   const int step = static_cast<int>(sequences_at_a_time(params));
-  params.segments = segments_of(params, step);  // of the last, smaller launch, too: the workspace is made for these
+  // Of the last, smaller launch, too: the workspace is made for these.
+  params.segments = segments_of(params, step);
+  params.composed_chunks = composed_chunks_of(params, step);
   for (params.first_sequence = 0; params.first_sequence < params.N; params.first_sequence += step) {
     params.sequences = std::min(step, params.N - params.first_sequence);
     params.slots = static_cast<int>(slots_for(params, params.sequences));
-    if (params.segments > 1)
-      params.retention =
-          reinterpret_cast<float*>(static_cast<char*>(params.workspace) + params.slots * record_bytes(params));
+    char* room = static_cast<char*>(params.workspace) + params.slots * record_bytes(params);
+    if (params.composed_chunks > 0) {
+      params.compositions = room;
+      room += compositions_for(params.slots, params.composed_chunks) * composition_bytes(params);
+      params.flags = reinterpret_cast<int*>(room);
+      room += flag_bytes(params, params.sequences, params.segments);
+    }
+    if (params.segments > 1) params.retention = reinterpret_cast<float*>(room);
     if (cudaError_t error = launch(params, stream); error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -48,7 +48,7 @@ constexpr float kTwoTruncations = kTruncation * kTruncation;  // of a product
 // What only the later steps need: registers are scarce.
 struct Place {
   char* out;  // the record
-  int batch, token, head, valid;
+  int batch, token, head, valid, slot;
 };
 
 template <int K, bool kFloatGate>
@@ -310,8 +310,16 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
   const int thread = threadIdx.x, side = cutlass::canonical_warp_group_idx();
   const int warp = cutlass::canonical_warp_idx_sync() % 4;  // which block of tokens
   const int lane = thread & 31, g = lane >> 2, t = lane & 3;
-  const int head = blockIdx.x % p.HV, slot = blockIdx.x / p.HV;
+  // The recurrence begins with the first chunks of many runs at the same time: these come last, so that it finds them in L2.
+  const int head = blockIdx.x % p.HV, turn = blockIdx.x / p.HV;
+  const int runs = p.sequences * p.segments, run_length = (p.slots + runs - 1) / runs;
+  const int slot = turn % runs * run_length + run_length - 1 - turn / runs;
+  if (slot >= p.slots) return;
   const BlockAddress block_address;
+
+  // Nobody has published a composition yet.
+  if (slot == 0 && p.flags != nullptr)
+    for (int i = thread; i < p.sequences * p.segments * (p.V / 64); i += kPrepareThreads) flags(p, head, 0)[i] = 0;
 
   // Tokens after the last sequence: their output is zero.
   if (p.cu_seqlens != nullptr && p.first_sequence + p.sequences == p.N) {
@@ -350,7 +358,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
   if (thread == 0) {
     TransactionBarrier::init(inputs_here, 1);
     TransactionBarrier::init(value_here, 1);
-    *place = {record<K>(p, slot, head), seq.batch, token, head, valid};
+    *place = {record<K>(p, slot, head), seq.batch, token, head, valid, slot};
     cutlass::arch::fence_barrier_init();
     TransactionBarrier::arrive_and_expect_tx(inputs_here, (kFloatGate ? 4 : 3) * Smem::kTile);
     constexpr int kGateColumns = kFloatGate ? 32 : 64;
@@ -875,7 +883,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
     if (p.retention != nullptr) {
       if (this_lane == 0 && exponent_of(bits) == 128) chunk_retention[half] = __int_as_float(0x7fffffff);
       named_barrier(kWarpgroup + group, 128);
-      if (this_thread() % 128 == 0) retention(p, half, place->head)[blockIdx.x / p.HV] = chunk_retention[half];
+      if (this_thread() % 128 == 0) retention(p, half, place->head)[place->slot] = chunk_retention[half];
     }
   }
   if (this_thread() % 128 == 0) bulk_stores_have_read();

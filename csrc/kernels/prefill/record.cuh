@@ -91,6 +91,40 @@ __device__ __forceinline__ float* retention(const PrefillParams& p, int half, in
   return p.retention + (static_cast<int64_t>(half) * p.HV + head) * p.slots;
 }
 
+// What a segment of a chain does to the state: S at its end is S at its begin times M, plus N. In global memory.
+template <int K>
+struct Composition {
+  // M / 2^exponent in fp16: rows 0..63 of it as Kr in a record, then rows 64..127.
+  static constexpr int kMatrixBytes = K * K * 2;
+  static constexpr int kMatrix = 0;
+  static constexpr int kExponents = kMatrix + kMatrixBytes;  // int [K / 16]: of 16 rows of M
+  // N in fp32, as the accumulators of 64 value channels have it: [V / 64][K / 8][128 threads][4].
+  static constexpr int kRowsBytes = 64 * K * 4;
+  static constexpr int kRows = kExponents + K / 16 * 4;
+
+  __host__ __device__ static constexpr int bytes(int V) { return kRows + V / 64 * kRowsBytes; }
+};
+
+constexpr int kLeastComposed = 3;        // segments; the second of two has nothing to gain
+constexpr int kLeastComposedChunks = 4;  // for each of them on average: no pass is shorter than the ring then
+
+// Compositions of a head, at most: a chain of n chunks has up to n / composed_chunks.
+__host__ __device__ inline int64_t compositions_for(int64_t slots, int composed_chunks) {
+  return (slots + composed_chunks - 1) / composed_chunks;
+}
+
+// That of the first segment of a sequence; that of the next is HV * Composition<K>::bytes(V) further on. No two sequences share
+// one, since the slots between their first ones are as many as their chunks.
+template <int K>
+__device__ __forceinline__ char* composition(const PrefillParams& p, int first_slot, int head) {
+  return p.compositions + (compositions_for(first_slot, p.composed_chunks) * p.HV + head) * Composition<K>::bytes(p.V);
+}
+
+// [segments][V / 64]
+__device__ __forceinline__ int* flags(const PrefillParams& p, int head, int sequence) {
+  return p.flags + (static_cast<int64_t>(head) * p.sequences + sequence) * p.segments * (p.V / 64);
+}
+
 // Chunks of a sequence whose chain is shared, at most: there is a sum for each of them in shared memory.
 constexpr int kMaxPlannedChunks = 16384;
 

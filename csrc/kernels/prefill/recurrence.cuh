@@ -19,7 +19,9 @@
 // flight from one turn of the loop to the next, and the output leaves packed.
 //
 // Where SMs are left over, several CTAs share a chain: each has a segment of the chunks, and begins early enough before it
-// that what came still earlier is gone, by what `prepare` says of the decays (`plan_segment`).
+// that what came still earlier is gone, by what `prepare` says of the decays (`plan_segment`). Where that is too early, a
+// CTA finds out what its chunks do to a state before it knows that state: S M + N, with M from the rows of the identity and
+// without U, N from zeros and with U, in passes of their own. From the M and N of all segments before comes its first state.
 //
 // Each warp holds its 16 rows of S as S / 2^E, with E such that fp16 holds them: U / 2^E stays under 2^3, and E follows
 // the size of S every few chunks. Rows never mix, so no two warps need agree on E.
@@ -53,43 +55,77 @@ struct RecurrenceSmem {
   static constexpr int kTileBytes = kChunk * kTileRow;
   static constexpr int kTiles = kStages * kStage;
   static constexpr int kBarriers = kTiles + kHalves * kTileBytes;
-  static constexpr int kPlan = kBarriers + 8 * 2 * (kStages + kHalves);  // Segment, and int [4]: of a warp's state
-  static constexpr int kBytes = kPlan + 16 + 16;
+  static constexpr int kPlan = kBarriers + 8 * 2 * (kStages + kHalves);  // Segment
+  static constexpr int kIsFinite = kPlan + 32;                           // int [4]: a warp's state
+  static constexpr int kComposed = kIsFinite + 16;                       // a barrier: the first state is there
+  static constexpr int kBytes = kComposed + 16;
 };
 
 // Chunks of one CTA: it begins at chunk `start`, and makes the output of chunks first..end-1.
 struct Segment {
   int start, first, end;
+  int composed;       // CTAs that compose the states of the chain, or 0
+  int matrix_passes;  // for as many times 64 rows of M
+  int passes;         // in all: those, then one for N unless nobody needs it, then the one that makes the output
 };
 
-constexpr int kPlanning = 1;  // a named barrier
+constexpr int kPlanning = 1, kComposing = 2;  // named barriers
+constexpr int kLargestHalf = 14;              // log2 of what M and the state it multiplies are scaled to
+template <int K>
+constexpr int kMatrixBuffer = Composition<K>::kMatrixBytes + 1024;  // bytes for M and its exponents in shared memory
+constexpr int kLowestExponent = -400;                               // of rows of M: what is less matters to no state
 // log2 of what may be left of a state that is taken for forgotten: 72 bits below the last one of fp32.
 constexpr float kForgotten = -96.0f;
 
 // What CTA `index` of the p.segments that share a chain is to do; for a whole warp. `prefix` has room for chunks + 1
-// floats. A segment begins with zeros where the norms of what multiplies the state up to its first chunk have a product
-// of 2^kForgotten or less; it begins at chunk 0 where the decays are not as steep, or where a NaN or an infinity has come
-// up before (their sum is a NaN then). If that makes a CTA late, fewer share the chain: the rest of them find nothing to
-// do.
-__device__ __forceinline__ Segment plan_segment(const PrefillParams& p, const float* retention, int chunks, int index,
-                                                bool from_the_start, float* prefix) {
-  const int lane = threadIdx.x & 31;
-  float sum = 0.0f;
-  for (int base = 0; base < chunks; base += 32) {
-    float x = base + lane < chunks ? __ldcg(retention + base + lane) : 0.0f;
+// floats.
+//
+// Either a segment begins with zeros where the norms of what multiplies the state up to its first chunk have a product of
+// 2^kForgotten or less; it begins at chunk 0 where the decays are not as steep, or where a NaN or an infinity has come up
+// before (their sum is a NaN then). If that makes a CTA late, fewer share the chain: the rest of them find nothing to do.
+//
+// Or states are composed. The CTAs of both halves of the value channels need each other for that, so that what decides is
+// the same for both: never `from_the_start`, which says whether this half's initial state is not finite.
+template <bool kCompose>
+__device__ __forceinline__ Segment plan_segment(const PrefillParams& p, const Sequence& seq, int head, int part,
+                                                int index, bool from_the_start, float* prefix) {
+  const int lane = threadIdx.x & 31, chunks = chunks_of(seq.length), parts = p.V / 64;
+  // The sums for two halves, which differ only where one of them is a NaN. Returns that of all chunks.
+  const auto add_up = [&](int half, int other_half) {
+    const float* const a = retention(p, half, head) + seq.first_slot;
+    const float* const b = retention(p, other_half, head) + seq.first_slot;
+    float sum = 0.0f;
+    constexpr int kLoads = kCompose ? 4 : 1;  // in flight: long chains
+    for (int base = 0; base < chunks; base += 32 * kLoads) {
+      float x[kLoads], y[kLoads];
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const float other = __shfl_up_sync(0xffffffffu, x, step);
-      if (lane >= step) x += other;
+      for (int i = 0; i < kLoads; ++i) {
+        const int at = base + 32 * i + lane;
+        x[i] = at < chunks ? __ldcg(a + at) : 0.0f;
+        y[i] = kCompose && at < chunks ? __ldcg(b + at) : x[i];
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int at = base + 32 * i + lane;
+        if (base + 32 * i >= chunks) break;
+        float scan = kCompose ? max_or_nan(x[i], y[i]) : x[i];
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+          const float other = __shfl_up_sync(0xffffffffu, scan, step);
+          if (lane >= step) scan += other;
+        }
+        if (at < chunks) prefix[at + 1] = sum + scan;
+        sum += __shfl_sync(0xffffffffu, scan, 31);
+      }
     }
-    if (base + lane < chunks) prefix[base + lane + 1] = sum + x;
-    sum += __shfl_sync(0xffffffffu, x, 31);
-  }
-  if (lane == 0) prefix[0] = 0.0f;
-  __syncwarp();
+    if (lane == 0) prefix[0] = 0.0f;
+    __syncwarp();
+    return sum;
+  };
 
+  bool whole_history = false;
   const auto start_for = [&](int first) {
-    if (from_the_start || !(prefix[first] - prefix[0] <= kForgotten)) return 0;
+    if (whole_history || !(prefix[first] - prefix[0] <= kForgotten)) return 0;
     int lo = 0, hi = first;  // enough is forgotten from lo on, and not from hi on
     while (hi - lo > 1) {
       const int middle = (lo + hi) / 2;
@@ -108,18 +144,63 @@ __device__ __forceinline__ Segment plan_segment(const PrefillParams& p, const fl
     }
     return static_cast<int>(__reduce_max_sync(0xffffffffu, static_cast<unsigned>(cost)));
   };
-  int count = 1, best = 5 * chunks;
-  for (int candidate : {2, p.segments}) {
-    if (candidate > p.segments) continue;
-    const int cost = cost_of(candidate);
-    if (cost < best) {
-      best = cost;
-      count = candidate;
+  int count, best;
+  const auto choose_count = [&]() {
+    count = 1;
+    best = 5 * chunks;
+    for (int candidate : {2, p.segments}) {
+      if (candidate > p.segments) continue;
+      const int cost = cost_of(candidate);
+      if (cost < best) {
+        best = cost;
+        count = candidate;
+      }
     }
+  };
+
+  bool are_finite = false;
+  if constexpr (kCompose) {
+    are_finite = magnitude_bits(add_up(0, parts - 1)) < 0x7f800000u;
+  } else {
+    add_up(part, part);
+  }
+  if (kCompose && are_finite) {
+    choose_count();
+    // Composed, the first segment goes over its chunks twice, and those after it as often as M takes besides, in the CTA
+    // that has the most rows of it: so the first is longer. (The last one has no M and N to make, but has to wait for those
+    // of the others.) Joining them is a sixth part for each.
+    const int groups = p.K / 64, passes = (groups + parts - 1) / parts;
+    const int first_cost = 4 + 5, cost = 4 * (passes + 1) + 5;
+    const auto first_length = [&](int count) { return chunks * cost / (first_cost * (count - 1) + cost); };
+    const int most = p.composed_chunks > 0 ? min(min(p.segments, chunks / p.composed_chunks), 1023) : 0;
+    unsigned least = static_cast<unsigned>(best) << 10;
+    for (int n = kLeastComposed + lane; n <= most; n += 32) {
+      const int first = first_length(n), others = (chunks - first + n - 2) / (n - 1);
+      const int slowest = max(first * first_cost, others * cost) + 6 * (n - 2) + 6;
+      least = min(least, static_cast<unsigned>(slowest) << 10 | static_cast<unsigned>(n));
+    }
+    least = __reduce_min_sync(0xffffffffu, least);
+    if (const int n = least & 1023; n > 0) {
+      const int length = first_length(n);
+      const auto first_of = [&](int i) {
+        return i == 0 ? 0 : i >= n ? chunks : length + (chunks - length) * (i - 1) / (n - 1);
+      };
+      const bool has_matrix = index > 0 && index < n - 1;
+      const int matrix_passes = has_matrix ? (groups - part + parts - 1) / parts : 0;
+      return {first_of(index),     first_of(index),
+              first_of(index + 1), n,
+              matrix_passes,       matrix_passes + (index < n - 1 ? 2 : 1)};
+    }
+  } else if (kCompose && parts > 1) {
+    add_up(part, part);
+  }
+  if (!are_finite || from_the_start) {
+    whole_history = from_the_start;
+    choose_count();
   }
   const int length = max((chunks + count - 1) / count, 1);
   const int first = min(index * length, chunks), end = min(first + length, chunks);
-  return {start_for(first), first, end};
+  return {first < end ? start_for(first) : end, first, end, 0, 0, 1};
 }
 
 // A place in a ring and the parity of its barriers' phase.
@@ -228,6 +309,113 @@ __device__ __forceinline__ void scale_by_power(float (&s)[N], int by) {
   for (int i = 0; i < N; ++i) s[i] = s[i] * factor * factor2;
 }
 
+// Writes this warp's rows of the 64 from 64 * `group` on of M, 2^exponent times `s`, which is overwritten.
+template <int K>
+__device__ __forceinline__ void store_matrix(char* composition, int group, float (&s)[K / 2], int exponent) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x & 31;
+  const int by = exponent_of(largest_magnitude(s)) - kLargestHalf;
+  scale_by_power(s, -by);
+  char* const tile = composition + Composition<K>::kMatrix + group * kChunk * K * 2;
+#pragma unroll
+  for (int i = 0; i < K / 8; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      *reinterpret_cast<uint32_t*>(tile + tile_offset(16 * warp + (lane >> 2) + 8 * half, i) + 4 * (lane & 3)) =
+          pack<__half>(s[4 * i + 2 * half], s[4 * i + 2 * half + 1]);
+  if (lane == 0) reinterpret_cast<int*>(composition + Composition<K>::kExponents)[4 * group + warp] = exponent + by;
+}
+
+// This thread's share of the rows of N of 64 value channels: every 128th float4.
+template <int K>
+__device__ __forceinline__ float4* rows_of(char* composition, int half) {
+  return reinterpret_cast<float4*>(composition + Composition<K>::kRows + half * Composition<K>::kRowsBytes) +
+         threadIdx.x % 128;
+}
+
+// Writes rows of N, 2^exponent times `s`, which is overwritten.
+template <int K>
+__device__ __forceinline__ void store_rows(char* composition, int half, float (&s)[K / 2], int exponent) {
+  scale_by_power(s, exponent);
+  float4* const to = rows_of<K>(composition, half);
+#pragma unroll
+  for (int i = 0; i < K / 8; ++i) to[128 * i] = {s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]};
+}
+
+// The state at the end of the first `count` segments, for a warpgroup. `first` is the composition of the first of them,
+// whose N holds the initial state, and `step` the way to the next one. `buffers` has room for two M.
+template <int K>
+__device__ __forceinline__ void compose_state(char* first, int64_t step, int count, int half, char* buffers,
+                                              float (&s)[K / 2]) {
+  using In = Composition<K>;
+  const int thread = threadIdx.x % 128;
+  const auto buffer_of = [&](int segment) { return buffers + segment % 2 * kMatrixBuffer<K>; };
+  // M and its exponents.
+  const auto bring = [&](int segment) {
+    const uint4* const from = reinterpret_cast<const uint4*>(first + segment * step + In::kMatrix);
+    uint4* const to = reinterpret_cast<uint4*>(buffer_of(segment));
+#pragma unroll
+    for (int i = thread; i < In::kRows / 16; i += 128) cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(from[i], to[i]);
+    cute::cp_async_fence();
+  };
+
+  if (count > 1) bring(1);
+#pragma unroll
+  for (int i = 0; i < K / 8; ++i) {
+    const float4 x = __ldcg(rows_of<K>(first, half) + 128 * i);
+    s[4 * i] = x.x;
+    s[4 * i + 1] = x.y;
+    s[4 * i + 2] = x.z;
+    s[4 * i + 3] = x.w;
+  }
+#pragma unroll 1
+  for (int segment = 1; segment < count; ++segment) {
+    const char* const matrix = buffer_of(segment);
+    cute::cp_async_wait<0>();
+    fence_async_proxy();
+    named_barrier(kComposing, 128);  // this M is there, and nobody needs the one before any more
+    if (segment + 1 < count) bring(segment + 1);
+    float4 n[K / 8];
+#pragma unroll
+    for (int i = 0; i < K / 8; ++i) n[i] = __ldcg(rows_of<K>(first + segment * step, half) + 128 * i);
+
+    // 16 columns of S meet 16 rows of M: their exponent, relative to the largest, goes to the columns.
+    const int* const exponents = reinterpret_cast<const int*>(matrix + In::kExponents);
+    int largest = exponents[0];
+#pragma unroll
+    for (int i = 1; i < K / 16; ++i) largest = max(largest, exponents[i]);
+#pragma unroll
+    for (int i = 0; i < K / 16; ++i) {
+      const float factor = power_of_two(exponents[i] - largest);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) s[8 * i + j] *= factor;
+    }
+    const int by = exponent_of(largest_magnitude(s)) - kLargestHalf;
+    scale_by_power(s, -by);
+    uint32_t s_packed[K / 4];
+#pragma unroll
+    for (int i = 0; i < K / 4; ++i) s_packed[i] = pack<__half>(s[2 * i], s[2 * i + 1]);
+
+    const uint64_t m = descriptor_mn_major(smem_address(matrix));
+    fence_registers(s);
+    fence_registers(s_packed);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int k = 0; k < K / 16; ++k)
+      wgmma_rs<K, Major::MN>(s, s_packed + 4 * k, advance(m, k / 4 * (kChunk * K * 2) + k % 4 * 16 * kRowBytes), k > 0);
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<0>();
+    fence_registers(s);
+    scale_by_power(s, largest + by);
+#pragma unroll
+    for (int i = 0; i < K / 8; ++i) {
+      s[4 * i] += n[i].x;
+      s[4 * i + 1] += n[i].y;
+      s[4 * i + 2] += n[i].z;
+      s[4 * i + 3] += n[i].w;
+    }
+  }
+}
+
 // Warp `warp` of those that take the output of 64 value channels from its tile to global memory, chunk after chunk.
 template <int K, int kHalves>
 __device__ __forceinline__ void store_outputs(const PrefillParams& p, const Sequence& seq, const Segment& segment,
@@ -260,7 +448,8 @@ __device__ __forceinline__ void store_outputs(const PrefillParams& p, const Sequ
   }
 }
 
-template <class Element, int K, int kHalves>
+// kCompose: whether CTAs that share a chain may compose its states.
+template <class Element, int K, int kHalves, bool kCompose>
 __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __grid_constant__ PrefillParams p) {
   using Smem = RecurrenceSmem<K, kHalves>;
   using In = Record<K>;
@@ -278,8 +467,9 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
   const Sequence seq = sequence(p, n);
   const int chunks = chunks_of(seq.length);
   Segment* const plan = reinterpret_cast<Segment*>(smem + Smem::kPlan);
-  int* const is_finite = reinterpret_cast<int*>(smem + Smem::kPlan + 16);  // [4]
-  Segment segment{0, 0, chunks};
+  int* const is_finite = reinterpret_cast<int*>(smem + Smem::kIsFinite);  // [4]
+  uint64_t* const composed = reinterpret_cast<uint64_t*>(smem + Smem::kComposed);
+  Segment segment{0, 0, chunks, 0, 0, 1};
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < Smem::kStages; ++i) {
@@ -290,6 +480,7 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
       Barrier::init(tile_full + i, 128);
       Barrier::init(tile_empty + i, Smem::kStoreWarps);
     }
+    Barrier::init(composed, 128);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
@@ -302,8 +493,7 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
       named_barrier(kPlanning, kThreads);  // the initial state has been looked at
       if (warp == 0) {
         const bool all_finite = is_finite[0] && is_finite[1] && is_finite[2] && is_finite[3];
-        segment = plan_segment(p, retention(p, part, head) + seq.first_slot, chunks, index, !all_finite,
-                               reinterpret_cast<float*>(smem));
+        segment = plan_segment<kCompose>(p, seq, head, part, index, !all_finite, reinterpret_cast<float*>(smem));
         fence_async_proxy();  // the sums lie where records will be copied to
         if (lane == 0) *plan = segment;
       }
@@ -319,22 +509,30 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
     }
     if (lane != 0) return;
     RingPosition<Smem::kStages> ring;
-    for (int c = segment.start; c < segment.end; ++c) {
-      const bool has_output = c >= segment.first;
-      const char* in = record<K>(p, seq.first_slot + c, head);
-      char* to = smem + ring.stage * Smem::kStage;
-      uint64_t* barrier = full + ring.stage;
-      Barrier::wait(empty + ring.stage, ring.phase ^ 1);
-      TransactionBarrier::arrive_and_expect_tx(barrier, has_output ? Smem::kCopiedBytes : Smem::kQ);
-      if constexpr (kHalves == 2) {
-        cute::SM90_BULK_COPY_G2S::copy(in, barrier, to, Smem::kCopiedBytes);
-      } else {
-        cute::SM90_BULK_COPY_G2S::copy(in, barrier, to, In::kU);
-        cute::SM90_BULK_COPY_G2S::copy(in + In::kU + part * In::kUHalfBytes, barrier, to + In::kU, In::kUHalfBytes);
-        if (has_output)
-          cute::SM90_BULK_COPY_G2S::copy(in + In::kQ, barrier, to + Smem::kQ, Smem::kCopiedBytes - Smem::kQ);
+    for (int pass = 0; pass < (kCompose ? segment.passes : 1); ++pass) {
+      const bool is_last_pass = !kCompose || pass == segment.passes - 1,
+                 has_u = !kCompose || pass >= segment.matrix_passes;
+      for (int c = segment.start; c < segment.end; ++c) {
+        const bool has_output = is_last_pass && c >= segment.first;
+        const char* in = record<K>(p, seq.first_slot + c, head);
+        char* to = smem + ring.stage * Smem::kStage;
+        uint64_t* barrier = full + ring.stage;
+        // The last stage of the ring that this pass comes to is where the first state is composed.
+        if (kCompose && segment.composed > 0 && is_last_pass && index > 0 && c == segment.first + Smem::kStages - 1)
+          Barrier::wait(composed, 0);
+        Barrier::wait(empty + ring.stage, ring.phase ^ 1);
+        TransactionBarrier::arrive_and_expect_tx(barrier, has_output ? Smem::kCopiedBytes : has_u ? Smem::kQ : In::kU);
+        if constexpr (kHalves == 2) {
+          cute::SM90_BULK_COPY_G2S::copy(in, barrier, to, Smem::kCopiedBytes);
+        } else {
+          cute::SM90_BULK_COPY_G2S::copy(in, barrier, to, In::kU);
+          if (has_u)
+            cute::SM90_BULK_COPY_G2S::copy(in + In::kU + part * In::kUHalfBytes, barrier, to + In::kU, In::kUHalfBytes);
+          if (has_output)
+            cute::SM90_BULK_COPY_G2S::copy(in + In::kQ, barrier, to + Smem::kQ, Smem::kCopiedBytes - Smem::kQ);
+        }
+        ring.next();
       }
-      ring.next();
     }
     return;
   }
@@ -347,6 +545,10 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
   const int64_t matrix_size = static_cast<int64_t>(K) * p.V;
   const int64_t matrix = (static_cast<int64_t>(n) * p.HV + head) * matrix_size;
   char* const tile = smem + Smem::kTiles + warpgroup * Smem::kTileBytes;
+  const int64_t composition_step =
+      static_cast<int64_t>(p.HV) * Composition<K>::bytes(p.V);  // from a segment to the next
+  int* const chain_flags = flags(p, head, n - p.first_sequence);
+  static_assert(kHalves == 2 || 2 * kMatrixBuffer<K> <= Smem::kStage);
 
   float s[K / 2];
   int exponent = -200;  // S is 2^exponent times what the registers hold
@@ -362,15 +564,6 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
     named_barrier(kPlanning, kThreads);
     named_barrier(kPlanning, kThreads);
     segment = *plan;
-    if (segment.start > 0) {
-      bits = 0;
-#pragma unroll
-      for (int i = 0; i < K / 2; ++i) s[i] = 0.0f;
-    }
-  }
-  if (bits != 0) {
-    exponent = exponent_of(bits) - kHeadroom;
-    scale_by_power(s, -exponent);
   }
 
   int64_t states_at = 0;  // where the intermediate states of this sequence go
@@ -385,11 +578,12 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
 
   float u[32], o[32];
   int next_exponent = exponent;  // for the chunk that `u` belongs to
+  bool has_u = true;             // else `u` is zero
 
   // Uᵀ of a chunk as accumulators, and the exponent that it asks for.
   const auto load_u = [&](const char* stage, uint32_t state_bits) {
     const int u_exponent = reinterpret_cast<const int*>(stage + In::kExponents)[4 * half + warp];
-    int wanted = u_exponent + 15 - kHeadroom;  // U is 2^(15 + u_exponent) at most
+    int wanted = has_u ? u_exponent + 15 - kHeadroom : kLowestExponent;  // U is 2^(15 + u_exponent) at most
     next_exponent = exponent;
     if (state_bits != 0) {
       int size = exponent + exponent_of(state_bits) - kHeadroom;
@@ -451,95 +645,157 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
   };
 
   RingPosition<Smem::kStages> ring;
-  if (segment.start < segment.end) {
-    Barrier::wait(full, 0);
-    load_u(smem, 0);
-    pack_state();
-  }
-  // Before `segment.first` the output is that of leftovers in shared memory, and nobody takes it: a loop of its own for these
-  // chunks would make the compiler spill.
-  for (int c = segment.start; c < segment.end; ++c) {
-    const char* stage = smem + ring.stage * Smem::kStage;
-    if (p.states != nullptr && c >= segment.first)
-      store_state<K>(p, p.states, states_at + c * p.HV * matrix_size, first_row, s, exponent);
-    load_decay(stage);
-    const uint64_t w = descriptor_k_major(smem_address(stage + In::kW));
-    fence_registers(u);
-    fence_registers(s_packed);
-    cute::warpgroup_arrive();
+  for (int pass = 0; pass < (kCompose ? segment.passes : 1); ++pass) {
+    const bool is_last_pass = !kCompose || pass == segment.passes - 1;
+    const int first_output = is_last_pass ? segment.first : segment.end;
+    has_u = !kCompose || pass >= segment.matrix_passes;
+    if constexpr (kHalves == 1) {
+      if (kCompose && !has_u) {  // rows of the identity
+        const int row = 64 * (part + pass * parts) + 16 * warp + (lane >> 2);
 #pragma unroll
-    for (int k = 0; k < K / 16; ++k)
-      wgmma_rs<64, Major::K, ScaleIn::Neg>(u, s_packed + 4 * k, advance(w, k / 4 * kHalfBytes + k % 4 * 32));
-    cute::warpgroup_commit_batch();
-
-    uint32_t state_bits = 0;
-    if (c % kRescaleInterval == kRescaleInterval - 1) state_bits = largest_magnitude(s);
+        for (int i = 0; i < K / 2; ++i) s[i] = row + (i >> 1 & 1) * 8 == 8 * (i >> 2) + 2 * t + (i & 1) ? 1.0f : 0.0f;
+        // Nobody copies U, so that what each thread reads for it stays.
 #pragma unroll
-    for (int i = 0; i < K / 8; ++i) {
-      s[4 * i] *= decay[2 * i];
-      s[4 * i + 1] *= decay[2 * i + 1];
-      s[4 * i + 2] *= decay[2 * i];
-      s[4 * i + 3] *= decay[2 * i + 1];
-    }
-    fence_registers(s);
-
-    const uint64_t q = descriptor_k_major(smem_address(stage + Smem::kQ));
-    fence_registers(o);
-    cute::warpgroup_arrive();
+        for (int i = 0; i < 4 * Smem::kStages; ++i)
+          reinterpret_cast<uint4*>(smem + i / 4 * Smem::kStage + In::kU)[i % 4 * 128 + thread] = uint4{};
+        fence_async_proxy();
+      } else if (segment.start > 0) {
 #pragma unroll
-    for (int k = 0; k < K / 16; ++k)
-      wgmma_rs<64, Major::K>(o, s_packed + 4 * k, advance(q, k / 4 * kHalfBytes + k % 4 * 32), k > 0);
-    cute::warpgroup_commit_batch();
-
-    cute::warpgroup_wait<1>();
-    fence_registers(u);
-    uint32_t u_packed[16];
+        for (int i = 0; i < K / 2; ++i) s[i] = 0.0f;
+      } else if (pass > 0) {
+        if (p.initial_state != nullptr) {
+          load_state<K>(p, p.initial_state, matrix, first_row, s);
+        } else {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) u_packed[i] = pack<__half>(u[2 * i], u[2 * i + 1]);
-    const uint64_t kr = descriptor_mn_major(smem_address(stage + In::kKr));
-    fence_registers(s);
-    fence_registers(u_packed);
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_rs<K, Major::MN>(s, u_packed + 4 * k, advance(kr, k * 16 * kRowBytes));
-    cute::warpgroup_commit_batch();
-    const uint64_t pd = descriptor_k_major(smem_address(stage + Smem::kP));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_rs<64, Major::K>(o, u_packed + 4 * k, advance(pd, k * 32));
-    cute::warpgroup_commit_batch();
-    if (c > segment.first) hand_over_output();
-
-    // After the last chunk once more its own: loads under a condition would keep the old values alive all along.
-    const char* next = stage;
-    const int stage_in_use = ring.stage;
-    ring.next();
-    if (c + 1 < segment.end) {
-      next = smem + ring.stage * Smem::kStage;
-      Barrier::wait(full + ring.stage, ring.phase);
-    }
-    load_u(next, state_bits);
-    const float unit = power_of_two(exponent);
-    cute::warpgroup_wait<1>();
-    fence_registers(s);
-    pack_state();
-    cute::warpgroup_wait<0>();
-    fence_registers(o);
-    if (kHalves == 2 || c >= segment.first) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        float2 f = reinterpret_cast<const float2*>(stage + Smem::kScale)[4 * i + t];
-        f = {f.x * unit, f.y * unit};
-        o_packed[2 * i] = pack<Element>(o[4 * i] * f.x, o[4 * i + 1] * f.y);
-        o_packed[2 * i + 1] = pack<Element>(o[4 * i + 2] * f.x, o[4 * i + 3] * f.y);
+          for (int i = 0; i < K / 2; ++i) s[i] = 0.0f;
+        }
       }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 16; ++i) o_packed[i] = 0;  // so that the old ones need no registers
+      if (kCompose && is_last_pass && index < segment.composed) {
+        if (pass > 0) {
+          // The composition is complete. The first segment has read the initial state, which the last one may overwrite.
+          __threadfence();
+          named_barrier(kComposing, 128);
+          if (thread == 0) set_flag(chain_flags + index * parts + part);
+        }
+        if (index > 0) {
+          // CTAs begin in the order of their numbers, and those that this one waits for have lower ones: nobody waits for
+          // one that finds no place to run.
+          for (int i = thread; i < index * parts; i += 128)
+            while (load_flag(chain_flags + i) == 0) {
+            }
+          named_barrier(kComposing, 128);
+          compose_state<K>(composition<K>(p, seq.first_slot, head), composition_step, index, half,
+                           smem + (ring.stage + Smem::kStages - 1) % Smem::kStages * Smem::kStage, s);
+          Barrier::arrive(composed);
+        }
+      }
+      bits = largest_magnitude(s);
     }
-    Barrier::arrive(empty + stage_in_use);
-    fence_registers(o_packed);  // `o` and `decay` are never both alive: there is no room
+    exponent = -200;
+    if (bits != 0) {
+      exponent = exponent_of(bits) - kHeadroom;
+      scale_by_power(s, -exponent);
+    }
+    if (segment.start < segment.end) {
+      Barrier::wait(full + ring.stage, ring.phase);
+      load_u(smem + ring.stage * Smem::kStage, 0);
+      pack_state();
+    }
+    // Before `first_output` the output is that of leftovers in shared memory, and nobody takes it: a loop of its own for these
+    // chunks would make the compiler spill.
+    for (int c = segment.start; c < segment.end; ++c) {
+      const char* stage = smem + ring.stage * Smem::kStage;
+      if (p.states != nullptr && c >= first_output)
+        store_state<K>(p, p.states, states_at + c * p.HV * matrix_size, first_row, s, exponent);
+      load_decay(stage);
+      const uint64_t w = descriptor_k_major(smem_address(stage + In::kW));
+      fence_registers(u);
+      fence_registers(s_packed);
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int k = 0; k < K / 16; ++k)
+        wgmma_rs<64, Major::K, ScaleIn::Neg>(u, s_packed + 4 * k, advance(w, k / 4 * kHalfBytes + k % 4 * 32));
+      cute::warpgroup_commit_batch();
+
+      uint32_t state_bits = 0;
+      if (c % kRescaleInterval == kRescaleInterval - 1) state_bits = largest_magnitude(s);
+#pragma unroll
+      for (int i = 0; i < K / 8; ++i) {
+        s[4 * i] *= decay[2 * i];
+        s[4 * i + 1] *= decay[2 * i + 1];
+        s[4 * i + 2] *= decay[2 * i];
+        s[4 * i + 3] *= decay[2 * i + 1];
+      }
+      fence_registers(s);
+
+      const uint64_t q = descriptor_k_major(smem_address(stage + Smem::kQ));
+      fence_registers(o);
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int k = 0; k < K / 16; ++k)
+        wgmma_rs<64, Major::K>(o, s_packed + 4 * k, advance(q, k / 4 * kHalfBytes + k % 4 * 32), k > 0);
+      cute::warpgroup_commit_batch();
+
+      cute::warpgroup_wait<1>();
+      fence_registers(u);
+      uint32_t u_packed[16];
+#pragma unroll
+      for (int i = 0; i < 16; ++i) u_packed[i] = pack<__half>(u[2 * i], u[2 * i + 1]);
+      const uint64_t kr = descriptor_mn_major(smem_address(stage + In::kKr));
+      fence_registers(s);
+      fence_registers(u_packed);
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) wgmma_rs<K, Major::MN>(s, u_packed + 4 * k, advance(kr, k * 16 * kRowBytes));
+      cute::warpgroup_commit_batch();
+      const uint64_t pd = descriptor_k_major(smem_address(stage + Smem::kP));
+#pragma unroll
+      for (int k = 0; k < 4; ++k) wgmma_rs<64, Major::K>(o, u_packed + 4 * k, advance(pd, k * 32));
+      cute::warpgroup_commit_batch();
+      if (c > first_output) hand_over_output();
+
+      // After the last chunk once more its own: loads under a condition would keep the old values alive all along.
+      const char* next = stage;
+      const int stage_in_use = ring.stage;
+      ring.next();
+      if (c + 1 < segment.end) {
+        next = smem + ring.stage * Smem::kStage;
+        Barrier::wait(full + ring.stage, ring.phase);
+      }
+      load_u(next, state_bits);
+      const float unit = power_of_two(exponent);
+      cute::warpgroup_wait<1>();
+      fence_registers(s);
+      pack_state();
+      cute::warpgroup_wait<0>();
+      fence_registers(o);
+      if (kHalves == 2 || c >= first_output) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          float2 f = reinterpret_cast<const float2*>(stage + Smem::kScale)[4 * i + t];
+          f = {f.x * unit, f.y * unit};
+          o_packed[2 * i] = pack<Element>(o[4 * i] * f.x, o[4 * i + 1] * f.y);
+          o_packed[2 * i + 1] = pack<Element>(o[4 * i + 2] * f.x, o[4 * i + 3] * f.y);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) o_packed[i] = 0;  // so that the old ones need no registers
+      }
+      Barrier::arrive(empty + stage_in_use);
+      fence_registers(o_packed);  // `o` and `decay` are never both alive: there is no room
+    }
+    if constexpr (kCompose) {
+      if (!is_last_pass) {
+        char* const to = composition<K>(p, seq.first_slot, head) + index * composition_step;
+        if (has_u) {
+          store_rows<K>(to, half, s, exponent);
+        } else {
+          store_matrix<K>(to, part + pass * parts, s, exponent);
+        }
+      }
+    }
+    if (first_output < segment.end) hand_over_output();
   }
-  if (segment.first < segment.end) hand_over_output();
   const bool is_last = segment.end == chunks && (segment.first < chunks || (chunks == 0 && index == 0));
   if (p.final_state != nullptr && is_last) store_state<K>(p, p.final_state, matrix, first_row, s, exponent);
 }
