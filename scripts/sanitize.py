@@ -13,8 +13,10 @@ GATES = ("given", "safe", "softplus", "steep softplus")
 LENGTHS = (None, [1, 0, 65, 64, 17])  # dense and packed
 
 
-def run(dtype: torch.dtype, K: int, V: int, gate: str, lengths: list[int] | None, state_v_first: bool) -> None:
-    B, T, H, HV = (2, 130, 1, 2) if lengths is None else (1, sum(lengths) + 3, 1, 2)
+def run(
+    dtype: torch.dtype, K: int, V: int, gate: str, lengths: list[int] | None, state_v_first: bool, HV: int = 2
+) -> None:
+    B, T, H = (2, 130, 1) if lengths is None else (1, sum(lengths) + 3, 1)
     N = B if lengths is None else len(lengths)
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -54,6 +56,7 @@ def main() -> None:
         run(dtype, K, V, gate, lengths, state_v_first=dtype == torch.float16)
     for (K, V), v_first in zip(WIDTHS, (False, True, True, False), strict=True):  # states are composed
         run(torch.bfloat16, K, V, "mild", [8300, 70], state_v_first=v_first)
+    run(torch.bfloat16, 128, 128, "safe", [2048], state_v_first=False, HV=96)  # both kernels side by side
     torch.cuda.synchronize()
     print("every call served")
 

@@ -246,6 +246,96 @@ def test_very_long_sequences(gate):
     assert difference.amax() <= 3 * difference.mean()
 
 
+# So many chunks and heads, and so distributed, that both kernels run side by side on a GPU of 132 SMs.
+SIDE_BY_SIDE = {
+    "one sequence": lambda **others: arguments(1, 8192, 24, 24, **others),
+    "grouped value heads": lambda **others: arguments(1, 8000, 4, 24, **others),
+    "heads by groups": lambda **others: arguments(1, 2048, 12, 96, **others),
+    "heads by uneven groups": lambda **others: arguments(1, 3000, 10, 70, **others),
+    "batch": lambda **others: arguments(2, 4096, 6, 24, **others),
+    "packed": lambda **others: packed([1300, 547, 0, 2048, 963, 1, 2063], 100, H=24, HV=24, **others),
+    "packed, by groups": lambda **others: packed([1800, 0, 1100, 1300], H=6, HV=96, **others),
+}
+
+
+def check_some_heads(inputs):
+    """As `check`, for the value heads of the first, a middle and the last head of q and k, to save memory."""
+    o, state = kernel(inputs)
+    assert o.isfinite().all() and state.isfinite().all()
+    H, HV = inputs["q"].shape[2], inputs["v"].shape[2]
+    for h in (0, H // 2, H - 1):
+        value_heads = slice(h * (HV // H), (h + 1) * (HV // H))
+        part = inputs | {name: inputs[name][:, :, h : h + 1] for name in ("q", "k")}
+        part |= {name: inputs[name][:, :, value_heads] for name in ("v", "g", "beta")}
+        part |= {name: inputs[name][value_heads] for name in ("A_log", "dt_bias") if inputs[name] is not None}
+        part["initial_state"] = inputs["initial_state"][:, value_heads]
+        assert_close(o[:, :, value_heads], state[:, value_heads], exact(part))
+
+
+@pytest.mark.parametrize("inputs", SIDE_BY_SIDE.values(), ids=SIDE_BY_SIDE)
+@pytest.mark.parametrize("gate", ["mild", "steep"])
+def test_side_by_side(inputs, gate):
+    check_some_heads(inputs(gate=gate))
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate", ["softplus", "steep softplus"])
+def test_side_by_side_widths_dtypes(gate, dtype, widths):
+    K, V = widths
+    check_some_heads(packed([4000, 5, 3500], H=12, HV=24, K=K, V=V, gate=gate, dtype=dtype, state=torch.bfloat16))
+
+
+@pytest.mark.parametrize("inputs", SIDE_BY_SIDE.values(), ids=SIDE_BY_SIDE)
+def test_side_by_side_same_bits_every_time(inputs):
+    inputs = inputs(gate="mild")
+    first = kernel(inputs)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(kernel(inputs), first, strict=True))
+
+
+def test_side_by_side_on_many_streams():
+    """Kernels that wait for one another across streams would stand still here."""
+    calls = [fwd_arguments(make(gate="mild")) for make in SIDE_BY_SIDE.values()]
+    for call in calls:
+        ops.fwd(**call)
+    expected = [(call["out"].clone(), call["final_state"].clone()) for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for call in calls:
+            call["out"].fill_(math.nan)
+        torch.cuda.synchronize()
+        for _ in range(3):
+            for call, stream in zip(calls, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    ops.fwd(**call)
+        torch.cuda.synchronize()
+        for call, (out, state) in zip(calls, expected, strict=True):
+            assert torch.equal(call["out"], out) and torch.equal(call["final_state"], state)
+
+
+@pytest.mark.parametrize("bounds", [[0, 9000, 3000], [5000, 0, 9000], [0, 2**31 - 1, 70, 9000], [9000, 0]])
+def test_side_by_side_ends_with_bad_bounds(bounds):
+    inputs = arguments(1, 9000, 2, 24, N=len(bounds) - 1)
+    kernel(inputs | {"cu_seqlens": torch.tensor(bounds, device=DEVICE)})
+    torch.cuda.synchronize()
+    check(arguments(1, 100))
+
+
+def test_side_by_side_graph():
+    call = fwd_arguments(SIDE_BY_SIDE["packed"](gate="mild"))
+    ops.fwd(**call)
+    expected = call["out"].clone(), call["final_state"].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.fwd(**call)
+    for _ in range(3):
+        call["out"].fill_(math.nan)
+        graph.replay()
+        assert torch.equal(call["out"], expected[0]) and torch.equal(call["final_state"], expected[1])
+
+
 @pytest.mark.parametrize("lengths", [None, [1000, 3, 2900]], ids=["dense", "packed"])
 @pytest.mark.parametrize("forgets", [(0, 200), (1000, 1064), (1000, 1500), (2500, 4000), (0, 4000)])
 def test_stretches_that_forget_everything(forgets, lengths):

@@ -19,6 +19,13 @@ enum class Gate : int {
   kSoftplus,  // -exp(A_log) * softplus(g + dt_bias)
 };
 
+// How far `prepare` is, where `recurrence` runs beside it.
+struct PrepareProgress {
+  int taken;     // chunks and heads that a CTA has begun with
+  int left;      // CTAs that left their SM to `recurrence`
+  int finished;  // CTAs that have ended
+};
+
 struct PrefillParams {
   // q, k [B, T, H, K]; v, out [B, T, HV, V]; g [B, T, HV, K]; beta [B, T, HV]. Rows of K or V elements are contiguous
   // and start at multiples of 16 bytes. Rows of `out` that no sequence covers become zeros. `out` overlaps nothing.
@@ -58,8 +65,14 @@ struct PrefillParams {
 
   // Set by `prefill`, which launches for a range of sequences at a time where records of all would need too much room.
   int first_sequence, sequences;
-  int segments;      // CTAs that share a chain of chunks
-  float* retention;  // in the workspace: see record.cuh; null where nobody asks
+  int halves;    // 64 value channels each, that a CTA of `recurrence` carries
+  int segments;  // CTAs that share a chain of chunks
+  // Null, unless both kernels run side by side: for each record whether it is complete, and how far `prepare` is.
+  int* ready;
+  PrepareProgress* progress;
+  int reserved_sms, prepare_ctas;  // for `recurrence` alone; CTAs of `prepare`
+  int group_heads;                 // heads whose chunks are prepared by turns
+  float* retention;                // in the workspace: see record.cuh; null where nobody asks
   int slots;
   int composed_chunks;  // chunks for each segment of a chain whose state is composed, at least; 0: none is composed
   char* compositions;   // in the workspace: see record.cuh

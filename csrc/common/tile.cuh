@@ -23,8 +23,7 @@ __device__ __forceinline__ int tile_offset(int row, int chunk) {
 
 __device__ __forceinline__ uint32_t smem_address(const void* p) { return cute::cast_smem_ptr_to_uint(p); }
 
-// Where this lane's row of a 16 × 16 block of a tile lies, for load_matrices and store_matrices: four 8 × 8 matrices, in the
-// order that a derived class gives them.
+// Where a lane's row of a 16 × 16 block of a tile lies, for load_matrices and store_matrices: four 8 × 8 matrices.
 class MatricesAddress {
  public:
   // Rows 16 * row_block.. and columns 16 * column_block.. of the tile.
@@ -33,33 +32,29 @@ class MatricesAddress {
   }
 
  protected:
+  __device__ __forceinline__ MatricesAddress(int row, int chunk) : base(row * kRowBytes + ((chunk ^ (row & 7)) << 4)) {}
+
+ private:
   int base;
 };
 
 // As an A operand of m16n8k16 they are its four registers; as a B operand (a row per n), registers 0 and 2 are n = 0..7,
 // registers 1 and 3 n = 8..15.
-class BlockAddress : public MatricesAddress {
- public:
-  __device__ __forceinline__ BlockAddress() {
-    int lane = threadIdx.x & 31;
-    base = (lane & 15) * kRowBytes + (((lane >> 4) ^ (lane & 7)) << 4);
-  }
+struct BlockAddress : MatricesAddress {
+  __device__ __forceinline__ explicit BlockAddress(int lane) : MatricesAddress(lane & 15, lane >> 4) {}
 };
 
 // As B operand of m16n8k16, tokens as n: registers 0 and 1 are rows 0..7, registers 2 and 3 rows 8..15.
-class ColumnAddress : public MatricesAddress {
- public:
-  __device__ __forceinline__ ColumnAddress() {
-    int lane = threadIdx.x & 31;
-    base = ((lane & 7) + (lane >> 4) * 8) * kRowBytes + (((lane >> 3 & 1) ^ (lane & 7)) << 4);
-  }
+struct ColumnAddress : MatricesAddress {
+  __device__ __forceinline__ explicit ColumnAddress(int lane)
+      : MatricesAddress((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1) {}
 };
 
 // Half of such a block, 16 rows of 8 columns: two matrices.
 class StripeAddress {
  public:
-  __device__ __forceinline__ StripeAddress() {
-    int row = threadIdx.x & 15;
+  __device__ __forceinline__ explicit StripeAddress(int lane) {
+    int row = lane & 15;
     base = row * kRowBytes + ((row & 7) << 4);
   }
   // Rows 16 * row_block.. and columns 8 * chunk.. of the tile.
@@ -146,8 +141,17 @@ __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefe
 // Orders this thread's writes to shared memory before later reads by the tensor cores or the copy engine.
 __device__ __forceinline__ void fence_async_proxy() { cutlass::arch::fence_view_async_shared(); }
 
+// Orders what this thread has seen of global memory before what the copy engine reads for it.
+__device__ __forceinline__ void fence_global_proxy() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // Waits until everything that this thread told the copy engine to store has been read out of shared memory.
 __device__ __forceinline__ void bulk_stores_have_read() { cute::tma_store_wait<0>(); }
+
+// Waits until it has also been written, and orders it before what this thread does next.
+__device__ __forceinline__ void bulk_stores_are_done() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
 
 __device__ __forceinline__ void bulk_store(void* destination, const char* source, int bytes) {
   cute::SM90_BULK_COPY_S2G::copy(source, destination, bytes);

@@ -39,28 +39,30 @@ cudaError_t launch(int64_t ctas, int threads, int smem_bytes, bool overlap, cuda
   return cudaLaunchKernelEx(&config, Kernel, arguments...);
 }
 
+template <class Element, int K, Gate kGate, bool kFloatGate>
+cudaError_t launch_prepare(PrefillParams& params, const PrepareMaps& maps, cudaStream_t stream) {
+  params.prepare_ctas = prepare_ctas<Element, K, kGate, kFloatGate>() * params.num_sms;
+  return launch<prepare<Element, K, kGate, kFloatGate>>(params.ready == nullptr ? places(params) : params.prepare_ctas,
+                                                        kPrepareThreads, PrepareSmem<K, kFloatGate>::kBytes, false,
+                                                        stream, params, maps);
+}
+
 template <class Element, int K, Gate kGate>
-cudaError_t launch_prepare(const PrefillParams& params, cudaStream_t stream) {
-  const int64_t runs = static_cast<int64_t>(params.sequences) * params.segments;
-  const int64_t records = (params.slots + runs - 1) / runs * runs * params.HV;
+cudaError_t launch_prepare(PrefillParams& params, cudaStream_t stream) {
   PrepareMaps maps;
   if (cudaError_t error = make_maps(params, maps); error != cudaSuccess) return error;
-  if (params.g_dtype == DType::kFP32)
-    return launch<prepare<Element, K, kGate, true>>(records, kPrepareThreads, PrepareSmem<K, true>::kBytes, false,
-                                                    stream, params, maps);
-  return launch<prepare<Element, K, kGate, false>>(records, kPrepareThreads, PrepareSmem<K, false>::kBytes, false,
-                                                   stream, params, maps);
+  return params.g_dtype == DType::kFP32 ? launch_prepare<Element, K, kGate, true>(params, maps, stream)
+                                        : launch_prepare<Element, K, kGate, false>(params, maps, stream);
 }
 
 template <class Element, int K>
-cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream) {
+cudaError_t launch_prefill(PrefillParams& params, cudaStream_t stream) {
   cudaError_t error = params.gate == Gate::kSafe       ? launch_prepare<Element, K, Gate::kSafe>(params, stream)
                       : params.gate == Gate::kSoftplus ? launch_prepare<Element, K, Gate::kSoftplus>(params, stream)
                                                        : launch_prepare<Element, K, Gate::kNone>(params, stream);
   if (error != cudaSuccess) return error;
-  // With few chains, more SMs serve one: 64 value channels each, and segments of its chunks.
   const int64_t chains = static_cast<int64_t>(params.sequences) * params.HV;
-  if (params.V == 128 && 2 * chains > params.num_sms)
+  if (params.halves == 2)
     return launch<recurrence<Element, K, 2, false>>(chains, 384, RecurrenceSmem<K, 2>::kBytes, true, stream, params);
   const int64_t ctas = chains * (params.V / 64) * params.segments;
   return params.composed_chunks > 0

@@ -6,7 +6,7 @@
 namespace kda {
 
 template <class Element, int K>
-cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream);  // prefill_bf16.cu, prefill_fp16.cu
+cudaError_t launch_prefill(PrefillParams& params, cudaStream_t stream);  // prefill_bf16.cu, prefill_fp16.cu
 
 namespace {
 
@@ -46,6 +46,44 @@ int composed_chunks_of(const PrefillParams& params, int64_t sequences) {
   return chunks / least < kLeastComposed ? 0 : static_cast<int>(least);
 }
 
+// Whether and how both kernels run side by side, with records that are read soon after they are written. The recurrence gets
+// SMs of its own; each of them carries one value head, or half of one, through a sequence, and what is prepared first are
+// the heads that are carried first.
+struct SideBySide {
+  int reserved_sms = 0;  // 0: one kernel after the other
+  int group_heads = 0, halves = 0;
+};
+
+// In µs, measured on one H100: what matters is their ratio.
+constexpr double kPrepareTime = 6.3;          // a chunk and head on an SM
+constexpr double kChainTime[] = {1.85, 3.4};  // a chunk in a CTA that carries one half, or two, beside `prepare`
+constexpr double kTurnTime = 11.6;            // a chunk and head on an SM, all of it, one kernel after the other
+constexpr int kLeastRecords = 20, kLeastChunks = 16;  // records an SM, and chunks a sequence, that make it worth while
+
+SideBySide side_by_side(const PrefillParams& params, int64_t sequences) {
+  const int64_t slots = slots_for(params, sequences), records = slots * params.HV;
+  SideBySide best;
+  if (records < kLeastRecords * params.num_sms || slots < kLeastChunks * sequences) return best;
+  double best_time = 0.93 * records * kTurnTime / params.num_sms;
+  for (int halves = 1; halves <= params.V / 64; ++halves) {
+    const int ctas = params.V / 64 / halves;  // that a head takes
+    for (int groups = 1; groups <= params.HV; ++groups) {
+      const int heads = (params.HV + groups - 1) / groups, reserved = heads * ctas;
+      if (reserved > params.num_sms / 2) continue;
+      const double chain = slots * groups * kChainTime[halves - 1];
+      const double prepare = records * kPrepareTime / (params.num_sms - reserved);
+      if (const double time = std::max(chain, prepare); time < best_time) {
+        best_time = time;
+        best = {reserved, heads, halves};
+      }
+      if (chain > prepare) break;
+    }
+  }
+  return best;
+}
+
+int64_t ready_bytes(const PrefillParams& params) { return params.HV * static_cast<int64_t>(sizeof(int)); }
+
 // Sequences of one launch: as many as keep the records within twice the inputs, since a short sequence takes as much room
 // as one of 64 tokens. Never so few that launches get in the way.
 int64_t sequences_at_a_time(const PrefillParams& params) {
@@ -59,7 +97,7 @@ int64_t sequences_at_a_time(const PrefillParams& params) {
   return std::min<int64_t>(params.N, std::max(sequences, least));
 }
 
-cudaError_t launch(const PrefillParams& params, cudaStream_t stream) {
+cudaError_t launch(PrefillParams& params, cudaStream_t stream) {
   if (params.dtype == DType::kBF16)
     return params.K == 64 ? launch_prefill<__nv_bfloat16, 64>(params, stream)
                           : launch_prefill<__nv_bfloat16, 128>(params, stream);
@@ -80,8 +118,11 @@ const char* prefill_refusal(const PrefillParams& params) {
 
 size_t prefill_workspace_bytes(const PrefillParams& params) {
   const int64_t sequences = sequences_at_a_time(params), slots = slots_for(params, sequences);
+  int64_t bytes = slots * record_bytes(params);
+  if (side_by_side(params, sequences).reserved_sms > 0)
+    return bytes + sizeof(PrepareProgress) + slots * ready_bytes(params);
   const int segments = segments_of(params, sequences), composed_chunks = composed_chunks_of(params, sequences);
-  int64_t bytes = slots * (record_bytes(params) + (segments > 1 ? retention_bytes(params) : 0));
+  if (segments > 1) bytes += slots * retention_bytes(params);
   if (composed_chunks > 0)
     bytes +=
         compositions_for(slots, composed_chunks) * composition_bytes(params) + flag_bytes(params, sequences, segments);
@@ -92,12 +133,25 @@ cudaError_t prefill(const PrefillParams& given, cudaStream_t stream) {
   PrefillParams params = given;
   const int step = static_cast<int>(sequences_at_a_time(params));
   // Of the last, smaller launch, too: the workspace is made for these.
-  params.segments = segments_of(params, step);
-  params.composed_chunks = composed_chunks_of(params, step);
+  const SideBySide side = side_by_side(params, step);
+  const bool beside = side.reserved_sms > 0;
+  params.segments = beside ? 1 : segments_of(params, step);
+  params.composed_chunks = beside ? 0 : composed_chunks_of(params, step);
+  params.reserved_sms = side.reserved_sms;
+  params.group_heads = side.group_heads;
   for (params.first_sequence = 0; params.first_sequence < params.N; params.first_sequence += step) {
     params.sequences = std::min(step, params.N - params.first_sequence);
     params.slots = static_cast<int>(slots_for(params, params.sequences));
+    // With few chains, more SMs serve one: 64 value channels each, and segments of its chunks.
+    const int64_t chains = static_cast<int64_t>(params.sequences) * params.HV;
+    params.halves = beside ? side.halves : params.V == 128 && 2 * chains > params.num_sms ? 2 : 1;
     char* room = static_cast<char*>(params.workspace) + params.slots * record_bytes(params);
+    if (beside) {
+      params.progress = reinterpret_cast<PrepareProgress*>(room);
+      params.ready = reinterpret_cast<int*>(params.progress + 1);
+      const size_t bytes = sizeof(PrepareProgress) + params.slots * ready_bytes(params);
+      if (cudaError_t error = cudaMemsetAsync(room, 0, bytes, stream); error != cudaSuccess) return error;
+    }
     if (params.composed_chunks > 0) {
       params.compositions = room;
       room += compositions_for(params.slots, params.composed_chunks) * composition_bytes(params);

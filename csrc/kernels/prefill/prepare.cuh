@@ -45,10 +45,12 @@ constexpr float kLowestDecay = -192.0f;   // log2; its power is 0 in fp32, and s
 constexpr float kTruncation = 1.0f + 0.7213f / 2048.0f;
 constexpr float kTwoTruncations = kTruncation * kTruncation;  // of a product
 
-// What only the later steps need: registers are scarce.
+// The chunk and head at work, in shared memory: registers are scarce.
 struct Place {
   char* out;  // the record
-  int batch, token, head, valid, slot;
+  int slot, batch, token, head;
+  int valid;       // tokens; 0: there is no more to do
+  uint32_t phase;  // of the barriers
 };
 
 template <int K, bool kFloatGate>
@@ -79,9 +81,17 @@ struct PrepareSmem {
   static constexpr int kOutOfRange = kSlowest + kChunk * 8;  // int [2][4]: whether a warp saw more than kMaxFactored
   static constexpr int kRetention = kOutOfRange + 32;        // float [2]: see record.cuh
   static constexpr int kBarriers = kRetention + 8;           // of q, k and g; of v
-  static constexpr int kPlace = kBarriers + 16;              // Place
-  static constexpr int kBytes = kPlace + sizeof(Place);
+  static constexpr int kPlace = kBarriers + 16;              // Place [2]: of this chunk and of the next
+  static constexpr int kBytes = kPlace + 2 * sizeof(Place);
 };
+
+// Whether this SM is one of those that `recurrence` is to have for itself.
+__device__ __forceinline__ bool is_reserved(const PrefillParams& p) {
+  uint32_t sm, sms;
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
+  asm volatile("mov.u32 %0, %%nsmid;" : "=r"(sms));
+  return sm + p.reserved_sms >= sms;
+}
 
 // threadIdx.x, read anew: where registers are scarce, the compiler would rather spill it.
 __device__ __forceinline__ int this_thread() {
@@ -283,6 +293,54 @@ __device__ __forceinline__ void multiply_by_block_transposed(float (&c)[2][4], c
   }
 }
 
+// Runs of chunks that `recurrence` begins with at the same time, where it comes after this kernel.
+__host__ __device__ __forceinline__ int runs_of(const PrefillParams& p) { return p.sequences * p.segments; }
+
+// Places for chunks and heads, some of them of no chunk.
+__host__ __device__ __forceinline__ int64_t places(const PrefillParams& p) {
+  const int runs = p.ready == nullptr ? runs_of(p) : 1;
+  return static_cast<int64_t>((p.slots + runs - 1) / runs) * runs * p.HV;
+}
+
+// The chunk and head of place `work`; valid is 0 where there is none. One kernel after the other, the first chunks of the
+// runs come last, so that `recurrence` finds them in L2. Side by side, the order is that of `recurrence`: sequence by
+// sequence, and p.group_heads heads at a time.
+template <int K>
+__device__ __forceinline__ Place place_of(const PrefillParams& p, int work) {
+  int slot = work / p.HV, head = work % p.HV;
+  if (p.ready == nullptr) {
+    const int runs = runs_of(p), run_length = (p.slots + runs - 1) / runs;
+    slot = slot % runs * run_length + run_length - 1 - slot / runs;
+    if (slot >= p.slots) return {};
+  }
+  const int n = sequence_of_slot(p, slot);
+  const Sequence seq = sequence(p, n);
+  if (p.ready != nullptr && p.group_heads < p.HV) {
+    const int slots = (n + 1 < p.first_sequence + p.sequences ? first_slot(p, n + 1) : p.slots) - seq.first_slot;
+    const int rest = work - seq.first_slot * p.HV;
+    if (slots > 0 && rest >= 0 && rest < slots * p.HV) {  // always, if cu_seqlens is what it should be
+      const int group = rest / (slots * p.group_heads), first_head = group * p.group_heads;
+      const int within = rest - first_head * slots, heads = min(p.group_heads, p.HV - first_head);
+      slot = seq.first_slot + within / heads;
+      head = first_head + within % heads;
+    }
+  }
+  const int first = (slot - seq.first_slot) * kChunk, valid = min(seq.length - first, kChunk);
+  return {record<K>(p, slot, head), slot, seq.batch, seq.start + first, head, first < 0 ? 0 : max(valid, 0), 0};
+}
+
+// The next place that there is work at, for a CTA that stays.
+template <int K>
+__device__ __forceinline__ Place next_place(const PrefillParams& p) {
+  Place place;
+  do {
+    const int work = atomicAdd(&p.progress->taken, 1);
+    if (work >= p.slots * p.HV) return {};
+    place = place_of<K>(p, work);
+  } while (place.valid == 0);
+  return place;
+}
+
 template <class Element, int K, Gate kGate, bool kFloatGate>
 __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGate, kFloatGate>())
     prepare(const __grid_constant__ PrefillParams p, const __grid_constant__ PrepareMaps maps) {
@@ -307,586 +365,612 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
   uint64_t* const value_here = inputs_here + 1;
 
   launch_dependents();
-  const int thread = threadIdx.x, side = cutlass::canonical_warp_group_idx();
-  const int warp = cutlass::canonical_warp_idx_sync() % 4;  // which block of tokens
-  const int lane = thread & 31, g = lane >> 2, t = lane & 3;
-  // The recurrence begins with the first chunks of many runs at the same time: these come last, so that it finds them in L2.
-  const int head = blockIdx.x % p.HV, turn = blockIdx.x / p.HV;
-  const int runs = p.sequences * p.segments, run_length = (p.slots + runs - 1) / runs;
-  const int slot = turn % runs * run_length + run_length - 1 - turn / runs;
-  if (slot >= p.slots) return;
-  const BlockAddress block_address;
+  constexpr int kCtas = prepare_ctas<Element, K, kGate, kFloatGate>();
 
   // Nobody has published a composition yet.
-  if (slot == 0 && p.flags != nullptr)
-    for (int i = thread; i < p.sequences * p.segments * (p.V / 64); i += kPrepareThreads) flags(p, head, 0)[i] = 0;
+  if (p.flags != nullptr && blockIdx.x < p.HV)
+    for (int i = threadIdx.x; i < p.sequences * p.segments * (p.V / 64); i += kPrepareThreads)
+      flags(p, blockIdx.x, 0)[i] = 0;
 
   // Tokens after the last sequence: their output is zero.
   if (p.cu_seqlens != nullptr && p.first_sequence + p.sequences == p.N) {
     const int covered = bound(p, p.N);
-    const int64_t token = static_cast<int64_t>(slot) * kChunk + thread;
-    if (thread < kChunk && token >= covered && token < p.T) {
-      char* out = static_cast<char*>(p.out) + (token * p.out_strides[1] + head * p.out_strides[2]) * 2;
+    for (int i = blockIdx.x; covered < p.T && i < p.slots * p.HV; i += gridDim.x) {
+      const int64_t token = static_cast<int64_t>(i / p.HV) * kChunk + threadIdx.x;
+      if (threadIdx.x >= kChunk || token < covered || token >= p.T) continue;
+      char* out = static_cast<char*>(p.out) + (token * p.out_strides[1] + i % p.HV * p.out_strides[2]) * 2;
       for (int b = 0; b < p.V * 2; b += 16) *reinterpret_cast<uint4*>(out + b) = uint4{};
     }
   }
 
-  const int n = sequence_of_slot(p, slot);
-  const Sequence seq = sequence(p, n);
-  const int first = (slot - seq.first_slot) * kChunk;
-  const int valid = min(seq.length - first, kChunk);  // tokens in this chunk
-  if (first < 0 || valid <= 0) return;
-  const int token = seq.start + first;
-  const int key_head = head / (p.HV / p.H);
-
-  // The first CTAs of all, three an SM, would all wait for their loads at the same time, and then all compute. In turn, the
-  // first ones compute while the others load.
-  if (blockIdx.x < 3 * p.num_sms && gridDim.x > p.num_sms) __nanosleep(blockIdx.x / p.num_sms * kStagger);
-
-  // All small loads first, so that they wait together.
-  constexpr int kBetaThreads = kPrepareThreads - kChunk;  // from here on they look after β, the first K after the bias
-  const float log_rate = p.A_log == nullptr ? 0.0f : __ldg(p.A_log + head);
-  float raw_bias = 0.0f, raw_beta = 0.0f;
-  if (kGate != Gate::kNone && p.dt_bias != nullptr && thread < K) raw_bias = __ldg(p.dt_bias + head * K + thread);
-  if (thread >= kBetaThreads && thread - kBetaThreads < valid) {
-    const int64_t at = seq.batch * p.beta_strides[0] +
-                       static_cast<int64_t>(token + thread - kBetaThreads) * p.beta_strides[1] +
-                       head * p.beta_strides[2];
-    raw_beta = p.beta_dtype == DType::kFP32 ? load_float<float>(p.beta, at) : load_float<Element>(p.beta, at);
-  }
-  // Whole tiles come, zeros after the last token of all; tokens of the next sequence are taken care of later.
-  if (thread == 0) {
+  const bool stays = p.ready != nullptr;
+  if (threadIdx.x == 0) {
     TransactionBarrier::init(inputs_here, 1);
     TransactionBarrier::init(value_here, 1);
-    *place = {record<K>(p, slot, head), seq.batch, token, head, valid, slot};
     cutlass::arch::fence_barrier_init();
-    TransactionBarrier::arrive_and_expect_tx(inputs_here, (kFloatGate ? 4 : 3) * Smem::kTile);
-    constexpr int kGateColumns = kFloatGate ? 32 : 64;
-#pragma unroll
-    for (int c = 0; c < K; c += kGateColumns)
-      load_tile(&maps.g, inputs_here, (kFloatGate ? float_gate : gate_tile) + c / kGateColumns * kHalfBytes, c, head,
-                token, seq.batch);
-#pragma unroll
-    for (int c = 0; c < K; c += 64) {
-      load_tile(&maps.k, inputs_here, key + c / 64 * kHalfBytes, c, key_head, token, seq.batch);
-      load_tile(&maps.q, inputs_here, query + c / 64 * kHalfBytes, c, key_head, token, seq.batch);
+    // Some SMs are left to `recurrence`, unless the CTAs that were to stay away from them have done so already.
+    if (stays && is_reserved(p) && atomicAdd(&p.progress->left, 1) < p.reserved_sms * kCtas) {
+      place->valid = 0;
+    } else {
+      // The first CTAs of all would all wait for their loads at the same time, and then all compute. In turn, the first
+      // ones compute while the others load.
+      if (blockIdx.x < kCtas * p.num_sms && gridDim.x > p.num_sms) __nanosleep(blockIdx.x / p.num_sms * kStagger);
+      *place = stays ? next_place<K>(p) : place_of<K>(p, blockIdx.x);
     }
   }
-  const float rate = exp2_approx(log_rate * kLog2E);
-  const GateFunction<kGate> gate{rate * (kGate == Gate::kSafe ? -kLog2E : -kTruncation),
-                                 p.lower_bound * (kLog2E * kTruncation)};
-  if (thread < K) {
-    gate_bias[thread] = gate.prepare_bias(raw_bias);
-    block_decay_half[thread] = __float2half(1.0f);
-  }
-  if (thread >= kBetaThreads) {
-    float b = raw_beta;
-    if (p.use_beta_sigmoid) b = (p.allow_neg_eigval ? 2.0f : 1.0f) * reciprocal_approx(1.0f + exp2_approx(-b * kLog2E));
-    beta_of[thread - kBetaThreads] = thread - kBetaThreads < valid ? b : 0.0f;
-  }
-  // v comes last; have it on its way to L2 meanwhile.
-  if (thread / 2 < valid && thread % 2 * 64 < p.V)
-    prefetch_l2(static_cast<const char*>(p.v) +
-                (seq.batch * p.v_strides[0] + static_cast<int64_t>(token + thread / 2) * p.v_strides[1] +
-                 head * p.v_strides[2] + thread % 2 * 64) *
-                    2);
   __syncthreads();
-  Barrier::wait(inputs_here, 0);
-  if (valid < kChunk) {
-    // Nothing of the next sequence gets in, a NaN least of all. (g is cut off where it is read.)
-    clear_rows(query, K, valid, thread, kPrepareThreads);
-    clear_rows(key, K, valid, thread, kPrepareThreads);
-    __syncthreads();
-  }
 
-  // ---- 1. lengths of q and k: the diagonals of q qᵀ and k kᵀ
-  const int block = kBlock * warp;  // first row of this warp
-  float q_norm[2], k_norm[2];
-  {
-    float qq[2][4] = {}, kk[2][4] = {};
-    const ColumnAddress column_address;
-#pragma unroll 2
-    for (int c = side * (K / 32); c < (side + 1) * (K / 32); ++c) {
-      uint32_t rows[4], columns[4];
-      load_matrices(rows, query + block_address(warp, c));
-      load_matrices(columns, query + column_address(warp, c));
-      mma<Element>(qq[0], rows, columns[0], columns[1]);
-      mma<Element>(qq[1], rows, columns[2], columns[3]);
-      load_matrices(rows, key + block_address(warp, c));
-      load_matrices(columns, key + column_address(warp, c));
-      mma<Element>(kk[0], rows, columns[0], columns[1]);
-      mma<Element>(kk[1], rows, columns[2], columns[3]);
+  while (place->valid > 0) {
+    const int thread = this_thread(), side = __shfl_sync(0xffffffffu, thread >> 7, 0);
+    const int warp = __shfl_sync(0xffffffffu, thread >> 5 & 3, 0);  // which block of tokens
+    const int lane = thread & 31, g = lane >> 2, t = lane & 3;
+    const BlockAddress block_address(lane);
+    const int head = place->head, token = place->token, valid = place->valid, batch = place->batch;
+    const int key_head = head / (p.HV / p.H);
+
+    // All small loads first, so that they wait together.
+    constexpr int kBetaThreads =
+        kPrepareThreads - kChunk;  // from here on they look after β, the first K after the bias
+    const float log_rate = p.A_log == nullptr ? 0.0f : __ldg(p.A_log + head);
+    float raw_bias = 0.0f, raw_beta = 0.0f;
+    if (kGate != Gate::kNone && p.dt_bias != nullptr && thread < K) raw_bias = __ldg(p.dt_bias + head * K + thread);
+    if (thread >= kBetaThreads && thread - kBetaThreads < valid) {
+      const int64_t at = batch * p.beta_strides[0] +
+                         static_cast<int64_t>(token + thread - kBetaThreads) * p.beta_strides[1] +
+                         head * p.beta_strides[2];
+      raw_beta = p.beta_dtype == DType::kFP32 ? load_float<float>(p.beta, at) : load_float<Element>(p.beta, at);
     }
-    if (t == (g >> 1)) {  // this lane has the diagonal elements of rows g and g + 8
+    // Whole tiles come, zeros after the last token of all; tokens of the next sequence are taken care of later.
+    if (thread == 0) {
+      TransactionBarrier::arrive_and_expect_tx(inputs_here, (kFloatGate ? 4 : 3) * Smem::kTile);
+      constexpr int kGateColumns = kFloatGate ? 32 : 64;
+#pragma unroll
+      for (int c = 0; c < K; c += kGateColumns)
+        load_tile(&maps.g, inputs_here, (kFloatGate ? float_gate : gate_tile) + c / kGateColumns * kHalfBytes, c, head,
+                  token, batch);
+#pragma unroll
+      for (int c = 0; c < K; c += 64) {
+        load_tile(&maps.k, inputs_here, key + c / 64 * kHalfBytes, c, key_head, token, batch);
+        load_tile(&maps.q, inputs_here, query + c / 64 * kHalfBytes, c, key_head, token, batch);
+      }
+    }
+    const float rate = exp2_approx(log_rate * kLog2E);
+    const GateFunction<kGate> gate{rate * (kGate == Gate::kSafe ? -kLog2E : -kTruncation),
+                                   p.lower_bound * (kLog2E * kTruncation)};
+    if (thread < K) {
+      gate_bias[thread] = gate.prepare_bias(raw_bias);
+      block_decay_half[thread] = __float2half(1.0f);
+    }
+    if (thread >= kBetaThreads) {
+      float b = raw_beta;
+      if (p.use_beta_sigmoid)
+        b = (p.allow_neg_eigval ? 2.0f : 1.0f) * reciprocal_approx(1.0f + exp2_approx(-b * kLog2E));
+      beta_of[thread - kBetaThreads] = thread - kBetaThreads < valid ? b : 0.0f;
+    }
+    // v comes last; have it on its way to L2 meanwhile.
+    if (thread / 2 < valid && thread % 2 * 64 < p.V)
+      prefetch_l2(static_cast<const char*>(p.v) +
+                  (batch * p.v_strides[0] + static_cast<int64_t>(token + thread / 2) * p.v_strides[1] +
+                   head * p.v_strides[2] + thread % 2 * 64) *
+                      2);
+    __syncthreads();
+    Barrier::wait(inputs_here, place->phase);
+    if (valid < kChunk) {
+      // Nothing of the next sequence gets in, a NaN least of all. (g is cut off where it is read.)
+      clear_rows(query, K, valid, thread, kPrepareThreads);
+      clear_rows(key, K, valid, thread, kPrepareThreads);
+      __syncthreads();
+    }
+
+    // ---- 1. lengths of q and k: the diagonals of q qᵀ and k kᵀ
+    const int block = kBlock * warp;  // first row of this warp
+    float q_norm[2], k_norm[2];
+    {
+      float qq[2][4] = {}, kk[2][4] = {};
+      const ColumnAddress column_address(lane);
+#pragma unroll 2
+      for (int c = side * (K / 32); c < (side + 1) * (K / 32); ++c) {
+        uint32_t rows[4], columns[4];
+        load_matrices(rows, query + block_address(warp, c));
+        load_matrices(columns, query + column_address(warp, c));
+        mma<Element>(qq[0], rows, columns[0], columns[1]);
+        mma<Element>(qq[1], rows, columns[2], columns[3]);
+        load_matrices(rows, key + block_address(warp, c));
+        load_matrices(columns, key + column_address(warp, c));
+        mma<Element>(kk[0], rows, columns[0], columns[1]);
+        mma<Element>(kk[1], rows, columns[2], columns[3]);
+      }
+      if (t == (g >> 1)) {  // this lane has the diagonal elements of rows g and g + 8
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = block + g + 8 * half;
+          squares[(2 * side) * kChunk + row] = g & 1 ? qq[half][2 * half + 1] : qq[half][2 * half];
+          squares[(2 * side + 1) * kChunk + row] = g & 1 ? kk[half][2 * half + 1] : kk[half][2 * half];
+        }
+      }
+      named_barrier(kPair + warp, 64);  // and the pair has read all of its rows of q and k, which are about to change
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = block + g + 8 * half;
-        squares[(2 * side) * kChunk + row] = g & 1 ? qq[half][2 * half + 1] : qq[half][2 * half];
-        squares[(2 * side + 1) * kChunk + row] = g & 1 ? kk[half][2 * half + 1] : kk[half][2 * half];
+        const float squares_q = squares[row] + squares[2 * kChunk + row];
+        const float squares_k = squares[kChunk + row] + squares[3 * kChunk + row];
+        float q_length = 1.0f, k_length = 1.0f;
+        if (p.use_qk_norm) {
+          q_norm[half] = rsqrt_approx(squares_q + 1e-6f);
+          k_norm[half] = rsqrt_approx(squares_k + 1e-6f);
+        } else {  // k = n k^ all the same, so that everything but U is bounded
+          q_norm[half] = squares_q > 0.0f ? rsqrtf(squares_q) : 0.0f;
+          k_norm[half] = squares_k > 0.0f ? rsqrtf(squares_k) : 0.0f;
+          q_length = squares_q * q_norm[half];
+          k_length = squares_k * k_norm[half];
+        }
+        if (side == 0 && t == 0) {
+          norms[row] = q_norm[half];
+          norms[kChunk + row] = k_norm[half];
+          const float beta = beta_of[row];
+          beta_w[row] = beta * k_length * k_length;
+          beta_u[row] = beta * k_length;
+          scale_of[row] = p.scale * q_length;
+        }
       }
     }
-    named_barrier(kPair + warp, 64);  // and the pair has read all of its rows of q and k, which are about to change
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = block + g + 8 * half;
-      const float squares_q = squares[row] + squares[2 * kChunk + row];
-      const float squares_k = squares[kChunk + row] + squares[3 * kChunk + row];
-      float q_length = 1.0f, k_length = 1.0f;
-      if (p.use_qk_norm) {
-        q_norm[half] = rsqrt_approx(squares_q + 1e-6f);
-        k_norm[half] = rsqrt_approx(squares_k + 1e-6f);
-      } else {  // k = n k^ all the same, so that everything but U is bounded
-        q_norm[half] = squares_q > 0.0f ? rsqrtf(squares_q) : 0.0f;
-        k_norm[half] = squares_k > 0.0f ? rsqrtf(squares_k) : 0.0f;
-        q_length = squares_q * q_norm[half];
-        k_length = squares_k * k_norm[half];
-      }
-      if (side == 0 && t == 0) {
-        norms[row] = q_norm[half];
-        norms[kChunk + row] = k_norm[half];
-        const float beta = beta_of[row];
-        beta_w[row] = beta * k_length * k_length;
-        beta_u[row] = beta * k_length;
-        scale_of[row] = p.scale * q_length;
-      }
-    }
-  }
 
-  // ---- 1. gate, decays, the diagonal blocks
-  float diagonal_a[2][4] = {}, diagonal_p[2][4] = {};
-  float largest = 0.0f;
-  // Log-decays are at most 0, so that among their bits those of the slowest are the smallest, but for a NaN's, smaller
-  // still.
-  uint32_t slowest_bits[4] = {~0u, ~0u, ~0u, ~0u};
-  const DecaySum sum_decays;
-  const StripeAddress stripe_address;
+    // ---- 1. gate, decays, the diagonal blocks
+    float diagonal_a[2][4] = {}, diagonal_p[2][4] = {};
+    float largest = 0.0f;
+    // Log-decays are at most 0, so that among their bits those of the slowest are the smallest, but for a NaN's, smaller
+    // still.
+    uint32_t slowest_bits[4] = {~0u, ~0u, ~0u, ~0u};
+    const DecaySum sum_decays;
+    const StripeAddress stripe_address(lane);
 #pragma unroll(kGate == Gate::kSafe ? 2 : 1)
-  for (int c = side * (K / 16); c < (side + 1) * (K / 16); ++c) {  // 8 channels
-    const int at = stripe_address(warp, c);
-    float decay[4], up_to[4], whole[4];
-    {
-      const float b = kGate == Gate::kNone ? 0.0f : gate_bias[8 * c + g];
-      if constexpr (kFloatGate) {
+    for (int c = side * (K / 16); c < (side + 1) * (K / 16); ++c) {  // 8 channels
+      const int at = stripe_address(warp, c);
+      float decay[4], up_to[4], whole[4];
+      {
+        const float b = kGate == Gate::kNone ? 0.0f : gate_bias[8 * c + g];
+        if constexpr (kFloatGate) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = block + 2 * t + (i & 1) + (i >> 1) * 8, channel = 8 * c + g;
-          decay[i] = gate(*reinterpret_cast<const float*>(float_gate + channel / 32 * kHalfBytes + row * kRowBytes +
-                                                          ((channel % 32 / 4 ^ (row & 7)) << 4) + channel % 4 * 4),
-                          b);
-        }
-      } else {
-        uint32_t r[2];
-        load_matrices_transposed(r, gate_tile + at);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float2 x = unpack<Element>(r[i]);
-          decay[2 * i] = gate(x.x, b);
-          decay[2 * i + 1] = gate(x.y, b);
-        }
-      }
-      if (valid < kChunk) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (block + 2 * t + (i & 1) + (i >> 1) * 8 >= valid) decay[i] = 0.0f;
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) slowest_bits[i] = min(slowest_bits[i], __float_as_uint(decay[i]));
-      sum_decays(decay, up_to, whole);
-    }
-
-    uint32_t qf[2], kf[2], cf[2];
-    load_matrices(qf, query + at);
-    load_matrices(kf, key + at);
-    // The diagonal block's reference: the start, or for gates without a bound a point halfway, which doubles the range.
-    float undo[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      if constexpr (kGate == Gate::kSafe) {
-        undo[e] = exp2_approx(-whole[e]);
-      } else {
-        largest = fmaxf(largest, -whole[e]);
-        undo[e] = 0.5f * whole[e];
-      }
-    }
-    uint32_t rows_q[4], rows_k[4], columns[2][2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float2 x = unpack<Element>(qf[half]), y = unpack<Element>(kf[half]);
-      const float qv[2] = {x.x * q_norm[half], x.y * q_norm[half]};
-      const float kv[2] = {y.x * k_norm[half], y.y * k_norm[half]};
-      float q_start[2], k_start[2], k_end[2], from_start[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        from_start[e] = exp2_approx(up_to[2 * half + e]);
-        q_start[e] = qv[e] * from_start[e];
-        k_start[e] = kv[e] * from_start[e];
-        k_end[e] = kv[e] * exp2_approx(whole[e] - up_to[2 * half + e]);
-        if constexpr (kGate == Gate::kSafe) {
-          rows_q[half + 2 * e] = __float_as_uint(q_start[e]);
-          rows_k[half + 2 * e] = __float_as_uint(k_start[e]);
-          columns[half][e] = __float_as_uint(k_end[e] * undo[e]);
+          for (int i = 0; i < 4; ++i) {
+            const int row = block + 2 * t + (i & 1) + (i >> 1) * 8, channel = 8 * c + g;
+            decay[i] = gate(*reinterpret_cast<const float*>(float_gate + channel / 32 * kHalfBytes + row * kRowBytes +
+                                                            ((channel % 32 / 4 ^ (row & 7)) << 4) + channel % 4 * 4),
+                            b);
+          }
         } else {
-          const float from_middle = up_to[2 * half + e] - undo[e], row = exp2_approx(from_middle);
-          rows_q[half + 2 * e] = __float_as_uint(qv[e] * row);
-          rows_k[half + 2 * e] = __float_as_uint(kv[e] * row);
-          columns[half][e] = __float_as_uint(kv[e] * exp2_approx(-from_middle));
-        }
-      }
-      qf[half] = pack<__half>(q_start[0], q_start[1]);
-      kf[half] = pack<__half>(k_start[0], k_start[1]);
-      cf[half] = pack<__half>(k_end[0], k_end[1]);
-      if (half == 1 && g == 7) {  // token 15: the decay of the whole block
-        const int channel = 8 * c + 2 * t;
-        *reinterpret_cast<float2*>(block_decay + warp * K + channel) = {from_start[0], from_start[1]};
-        if (warp == 1 || warp == 2)
-          *reinterpret_cast<__half2*>(block_decay_half + warp * K + channel) =
-              __floats2half2_rn(from_start[0], from_start[1]);
-      }
-    }
+          uint32_t r[2];
+          load_matrices_transposed(r, gate_tile + at);
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      mma_tf32(diagonal_p[m], rows_q, columns[m][0], columns[m][1]);
-      mma_tf32(diagonal_a[m], rows_k, columns[m][0], columns[m][1]);
-    }
-    store_matrices(query + at, qf[0], qf[1]);
-    store_matrices(key + at, kf[0], kf[1]);
-    store_matrices(gate_tile + at, cf[0], cf[1]);
-  }
-  // The other warp of the pair has the other half of the sums over channels: hand it what it is to go on with. Blocks lie
-  // where the pair will put its rows of A.
-  float4* const exchange = reinterpret_cast<float4*>(value + block * kChunk * 4) + lane;
-  int* const out_of_range = reinterpret_cast<int*>(smem + Smem::kOutOfRange);
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-    float4 d;
-    d.x = side == 0 ? diagonal_a[m][0] : diagonal_p[m][0];
-    d.y = side == 0 ? diagonal_a[m][1] : diagonal_p[m][1];
-    d.z = side == 0 ? diagonal_a[m][2] : diagonal_p[m][2];
-    d.w = side == 0 ? diagonal_a[m][3] : diagonal_p[m][3];
-    exchange[(2 * side + m) * 32] = d;
-  }
-  if constexpr (kGate != Gate::kSafe) {  // a bound of -5 keeps the safe gate in range
-    const bool exceeds = __any_sync(0xffffffffu, largest > kMaxFactored);
-    if (lane == 0) out_of_range[4 * side + warp] = exceeds;
-  }
-  if (p.retention != nullptr) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint32_t bits = slowest_bits[i];
-#pragma unroll
-      for (int other = 4; other < 32; other *= 2) bits = min(bits, __shfl_xor_sync(0xffffffffu, bits, other));
-      if (g == 0) slowest[side * kChunk + block + 2 * t + (i & 1) + (i >> 1) * 8] = bits;
-    }
-  }
-  __syncthreads();
-  float diagonal[2][4];  // of P for warps 0-3, of A for warps 4-7
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-    const float4 other = exchange[(2 * (1 - side) + m) * 32];
-    diagonal[m][0] = (side == 0 ? diagonal_p[m][0] : diagonal_a[m][0]) + other.x;
-    diagonal[m][1] = (side == 0 ? diagonal_p[m][1] : diagonal_a[m][1]) + other.y;
-    diagonal[m][2] = (side == 0 ? diagonal_p[m][2] : diagonal_a[m][2]) + other.z;
-    diagonal[m][3] = (side == 0 ? diagonal_p[m][3] : diagonal_a[m][3]) + other.w;
-  }
-  if constexpr (kGate != Gate::kSafe) {
-    if (out_of_range[warp] || out_of_range[4 + warp]) {
-      float4* const sums = exchange + 2 * (1 - side) * 32;  // which were for this warp only, and have been read
-      exact_diagonal<Element, K, kGate, kFloatGate>(p, gate, *place, block, side == 0, gate_bias, norms, sums);
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        const float4 d = sums[32 * m];
-        diagonal[m][0] = d.x;
-        diagonal[m][1] = d.y;
-        diagonal[m][2] = d.z;
-        diagonal[m][3] = d.w;
-      }
-    }
-  }
-  __syncthreads();  // A will lie where the sums did
-
-  // ---- 2. blocks below the diagonal
-  char* const out = place->out;
-  if (const int channel = this_thread(); channel < K) {  // decays over several blocks, and over all of the chunk
-    __half* const from_start = reinterpret_cast<__half*>(smem + Smem::kFromStart) + channel;
-    __half* const to_end = reinterpret_cast<__half*>(smem + Smem::kToEnd) + channel;
-    const float d0 = block_decay[channel], d1 = block_decay[K + channel], d2 = block_decay[2 * K + channel],
-                d3 = block_decay[3 * K + channel];
-    from_start[0] = __float2half(d0);
-    from_start[K] = __float2half(d0 * d1);
-    from_start[2 * K] = __float2half(d0 * d1 * d2);
-    to_end[2 * K] = __float2half(d3);
-    to_end[K] = __float2half(d2 * d3);
-    to_end[0] = __float2half(d1 * d2 * d3);
-    reinterpret_cast<float*>(out + Out::kDecay)[decay_index(thread)] = d0 * d1 * d2 * d3;
-    if (channel < kChunk) reinterpret_cast<float*>(out + Out::kScale)[channel] = scale_of[channel];
-  }
-  if (p.retention != nullptr && this_thread() >= kPrepareThreads - 32) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int row = lane; row < kChunk; row += 32) {
-      if (row >= valid) continue;
-      const uint32_t bits = min(slowest[row], slowest[kChunk + row]);
-      const float decay = bits == 0 || bits >= 0x80000000u ? __uint_as_float(bits) : __int_as_float(0x7fffffff);
-      const float squares_k = squares[kChunk + row] + squares[3 * kChunk + row];
-      // The last term is a NaN where k is not finite, and so is the one before where β is not.
-      sum += decay + log2_approx(max_or_nan(fabsf(1.0f - beta_w[row]), 1.0f)) + 0.0f * squares_k;
-    }
-#pragma unroll
-    for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-    if (lane < 2) chunk_retention[lane] = sum;
-  }
-  {
-    const char* const rows = side == 0 ? query : key;
-    const ColumnAddress column_address;
-    float middle[2][4] = {}, near[4] = {};
-    const int i = 2 + (warp >> 1), j = warp & 1;
-    {  // block (i, j): what lies between rows and columns is block 2 for i = 3, and block 1 for j = 0
-      const uint32_t* const decay_rows = reinterpret_cast<const uint32_t*>(block_decay_half + (i == 3   ? 2
-                                                                                               : j == 0 ? 1
-                                                                                                        : 0) *
-                                                                                                  K) +
-                                         t;
-      const uint32_t* const decay_columns = reinterpret_cast<const uint32_t*>(block_decay_half + K) + t;
-      const bool both = i == 3 && j == 0;
-#pragma unroll 2
-      for (int c = 0; c < K / 16; ++c) {
-        uint32_t rf[4], cf[4];
-        load_matrices(rf, rows + block_address(i, c));
-        load_matrices(cf, gate_tile + column_address(j, c));
-        uint32_t d[2] = {decay_rows[8 * c], decay_rows[8 * c + 4]};
-        if (both) {
-          d[0] = multiply_half2(d[0], decay_columns[8 * c]);
-          d[1] = multiply_half2(d[1], decay_columns[8 * c + 4]);
-        }
-#pragma unroll
-        for (int r = 0; r < 4; ++r) rf[r] = multiply_half2(rf[r], d[r >> 1]);
-        mma_fp16(middle[0], rf, cf[0], cf[1]);
-        mma_fp16(middle[1], rf, cf[2], cf[3]);
-      }
-    }
-    // Columns 8 (warp & 1).. of block (1, 0) or (3, 2)
-    const int near_row = warp < 2 ? 1 : 3, near_column = kBlock * (near_row - 1) + 8 * (warp & 1);
-#pragma unroll 2
-    for (int c = 0; c < K / 16; c += 2) {
-      uint32_t rf[4], cf[4];
-      load_matrices(cf, gate_tile + tile_offset(near_column + (lane & 7), 2 * c + (lane >> 3)));
-      load_matrices(rf, rows + block_address(near_row, c));
-      mma_fp16(near, rf, cf[0], cf[1]);
-      load_matrices(rf, rows + block_address(near_row, c + 1));
-      mma_fp16(near, rf, cf[2], cf[3]);
-    }
-    if (side == 0) {  // P, into the record: 0 above the diagonal
-      const auto store = [&](int row, int column, float x, float y) {
-        *reinterpret_cast<uint32_t*>(out + Out::kP + tile_offset(row, column >> 3) + 4 * t) = pack<__half>(x, y);
-      };
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = g + 8 * half;
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          const int column = 8 * m + 2 * t;
-          store(kBlock * i + row, kBlock * j + column, middle[m][2 * half], middle[m][2 * half + 1]);
-          store(block + row, block + column, column <= row ? diagonal[m][2 * half] * kTwoTruncations : 0.0f,
-                column + 1 <= row ? diagonal[m][2 * half + 1] * kTwoTruncations : 0.0f);
-          if (warp < 3) {  // blocks (0, 1) and (0, 2), (0, 3) and (1, 2), (1, 3) and (2, 3)
-            store(kBlock * (warp == 2) + row, kBlock * (warp == 0 ? 1 : 3) + column, 0.0f, 0.0f);
-            store(kBlock * warp + row, kBlock * (warp == 2 ? 3 : 2) + column, 0.0f, 0.0f);
+          for (int i = 0; i < 2; ++i) {
+            const float2 x = unpack<Element>(r[i]);
+            decay[2 * i] = gate(x.x, b);
+            decay[2 * i + 1] = gate(x.y, b);
           }
         }
-        store(kBlock * near_row + row, near_column + 2 * t, near[2 * half], near[2 * half + 1]);
+        if (valid < kChunk) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (block + 2 * t + (i & 1) + (i >> 1) * 8 >= valid) decay[i] = 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) slowest_bits[i] = min(slowest_bits[i], __float_as_uint(decay[i]));
+        sum_decays(decay, up_to, whole);
       }
-    } else {
-      // A, the rows times β n²
+
+      uint32_t qf[2], kf[2], cf[2];
+      load_matrices(qf, query + at);
+      load_matrices(kf, key + at);
+      // The diagonal block's reference: the start, or for gates without a bound a point halfway, which doubles the range.
+      float undo[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if constexpr (kGate == Gate::kSafe) {
+          undo[e] = exp2_approx(-whole[e]);
+        } else {
+          largest = fmaxf(largest, -whole[e]);
+          undo[e] = 0.5f * whole[e];
+        }
+      }
+      uint32_t rows_q[4], rows_k[4], columns[2][2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = g + 8 * half;
-        const float b = beta_w[kBlock * i + row], b_near = beta_w[kBlock * near_row + row];
-        const float b_diagonal = beta_w[block + row] * kTwoTruncations;
+        const float2 x = unpack<Element>(qf[half]), y = unpack<Element>(kf[half]);
+        const float qv[2] = {x.x * q_norm[half], x.y * q_norm[half]};
+        const float kv[2] = {y.x * k_norm[half], y.y * k_norm[half]};
+        float q_start[2], k_start[2], k_end[2], from_start[2];
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          *reinterpret_cast<float2*>(value + matrix_offset(kBlock * i + row, kBlock * j + 8 * m + 2 * t)) = {
-              middle[m][2 * half] * b, middle[m][2 * half + 1] * b};
-          *reinterpret_cast<float2*>(value + matrix_offset(block + row, block + 8 * m + 2 * t)) = {
-              diagonal[m][2 * half] * b_diagonal, diagonal[m][2 * half + 1] * b_diagonal};
+        for (int e = 0; e < 2; ++e) {
+          from_start[e] = exp2_approx(up_to[2 * half + e]);
+          q_start[e] = qv[e] * from_start[e];
+          k_start[e] = kv[e] * from_start[e];
+          k_end[e] = kv[e] * exp2_approx(whole[e] - up_to[2 * half + e]);
+          if constexpr (kGate == Gate::kSafe) {
+            rows_q[half + 2 * e] = __float_as_uint(q_start[e]);
+            rows_k[half + 2 * e] = __float_as_uint(k_start[e]);
+            columns[half][e] = __float_as_uint(k_end[e] * undo[e]);
+          } else {
+            const float from_middle = up_to[2 * half + e] - undo[e], row = exp2_approx(from_middle);
+            rows_q[half + 2 * e] = __float_as_uint(qv[e] * row);
+            rows_k[half + 2 * e] = __float_as_uint(kv[e] * row);
+            columns[half][e] = __float_as_uint(kv[e] * exp2_approx(-from_middle));
+          }
         }
-        *reinterpret_cast<float2*>(value + matrix_offset(kBlock * near_row + row, near_column + 2 * t)) = {
-            near[2 * half] * b_near, near[2 * half + 1] * b_near};
+        qf[half] = pack<__half>(q_start[0], q_start[1]);
+        kf[half] = pack<__half>(k_start[0], k_start[1]);
+        cf[half] = pack<__half>(k_end[0], k_end[1]);
+        if (half == 1 && g == 7) {  // token 15: the decay of the whole block
+          const int channel = 8 * c + 2 * t;
+          *reinterpret_cast<float2*>(block_decay + warp * K + channel) = {from_start[0], from_start[1]};
+          if (warp == 1 || warp == 2)
+            *reinterpret_cast<__half2*>(block_decay_half + warp * K + channel) =
+                __floats2half2_rn(from_start[0], from_start[1]);
+        }
       }
-    }
-  }
-  __syncthreads();
-
-  // ---- 3. the inverse of the diagonal blocks; Q, K^+ and Kr
-  if (side == 0) {
-    invert_diagonal(value, block);
-  } else {
-    const uint32_t* const from_start = reinterpret_cast<const uint32_t*>(smem + Smem::kFromStart) + t;
-    const uint32_t* const to_end = reinterpret_cast<const uint32_t*>(smem + Smem::kToEnd) + t;
-    for (int c = warp; c < K / 16; c += 4) {
 #pragma unroll
-      for (int b = 0; b < 3; ++b) {
-        const int at = b * (K / 2) + 8 * c;
-        const uint32_t start[2] = {from_start[at], from_start[at + 4]}, end[2] = {to_end[at], to_end[at + 4]};
-        scale_block(query + block_address(b + 1, c), start);
-        scale_block(key + block_address(b + 1, c), start);
-        scale_block(gate_tile + block_address(b, c), end);
+      for (int m = 0; m < 2; ++m) {
+        mma_tf32(diagonal_p[m], rows_q, columns[m][0], columns[m][1]);
+        mma_tf32(diagonal_a[m], rows_k, columns[m][0], columns[m][1]);
       }
+      store_matrices(query + at, qf[0], qf[1]);
+      store_matrices(key + at, kf[0], kf[1]);
+      store_matrices(gate_tile + at, cf[0], cf[1]);
     }
-  }
-  fence_async_proxy();
-  __syncthreads();
-
-  if (this_thread() == 128) {
-    bulk_store(place->out + Out::kQ, query, Smem::kTile);
-    bulk_store_commit();
-    bulk_store(place->out + Out::kKr, gate_tile, Smem::kTile);
-    bulk_store_commit();
-    cute::tma_store_wait<1>();  // Q has been read: v takes its place
-    TransactionBarrier::arrive_and_expect_tx(value_here, kChunk * p.V * 2);
-    load_tile(&maps.v, value_here, query, 0, place->head, place->token, place->batch);
-    if (p.V == 128) load_tile(&maps.v, value_here, query + kHalfBytes, 64, place->head, place->token, place->batch);
-    bulk_stores_have_read();
-  }
-
-  // ---- 3. block column `warp` of X, transposed: x[i] is (rows of block i)ᵀ
-  float x[4][2][4];
+    // The other warp of the pair has the other half of the sums over channels: hand it what it is to go on with. Blocks lie
+    // where the pair will put its rows of A.
+    float4* const exchange = reinterpret_cast<float4*>(value + block * kChunk * 4) + lane;
+    int* const out_of_range = reinterpret_cast<int*>(smem + Smem::kOutOfRange);
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) x[i][m][e] = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (side == 1) break;
-    if (i == warp) {
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          int row = block + 8 * m + 2 * t + (e & 1), column = block + g + (e >> 1) * 8;
-          x[i][m][e] = *reinterpret_cast<const float*>(value + matrix_offset(row, column & ~3) + (column & 3) * 4);
-        }
-    } else if (i > warp) {
-      float sum[2][4] = {};
-#pragma unroll
-      for (int m = 0; m < i; ++m)
-        if (m >= warp) multiply_by_block_transposed(sum, x[m], value, kBlock * i, kBlock * m);
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sum[m][e] = -sum[m][e];
-      multiply_by_block_transposed(x[i], sum, value, kBlock * i, kBlock * i);
+    for (int m = 0; m < 2; ++m) {
+      float4 d;
+      d.x = side == 0 ? diagonal_a[m][0] : diagonal_p[m][0];
+      d.y = side == 0 ? diagonal_a[m][1] : diagonal_p[m][1];
+      d.z = side == 0 ? diagonal_a[m][2] : diagonal_p[m][2];
+      d.w = side == 0 ? diagonal_a[m][3] : diagonal_p[m][3];
+      exchange[(2 * side + m) * 32] = d;
     }
-  }
-  __syncthreads();  // A has been read, and Q and Kr are on their way
-
-  // ---- 4. X in the types of the two products
-  if (side == 0) {
-    const float bw[2] = {beta_w[block + g], beta_w[block + g + 8]}, bu[2] = {beta_u[block + g], beta_u[block + g + 8]};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      fence_registers(x[i][0]);  // one after the other: there are no registers for all at once
-      fence_registers(x[i][1]);
-      uint32_t w[4], high[4], low[4];
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float x0 = x[i][m][2 * half], x1 = x[i][m][2 * half + 1];
-          w[2 * m + half] = pack<__half>(x0 * bw[half], x1 * bw[half]);
-          x0 *= bu[half];
-          x1 *= bu[half];
-          high[2 * m + half] = pack<Element>(x0, x1);
-          float2 h = unpack<Element>(high[2 * m + half]);
-          low[2 * m + half] = pack<Element>(x0 - h.x, x1 - h.y);
-        }
-      // Matrix 2m + half is rows 8m.. of block i and columns 8 half.. of this warp's block, transposed on the way.
-      int at = tile_offset(kBlock * i + (lane >> 4) * 8 + (lane & 7), 2 * warp + (lane >> 3 & 1));
-      store_matrices_transposed(smem + Smem::kXOfW + at, w[0], w[1], w[2], w[3]);
-      store_matrices_transposed(smem + Smem::kXHigh + at, high[0], high[1], high[2], high[3]);
-      store_matrices_transposed(smem + Smem::kXLow + at, low[0], low[1], low[2], low[3]);
-    }
-  }
-  fence_async_proxy();
-  Barrier::wait(value_here, 0);
-  if (place->valid < kChunk) {
-    clear_rows(query, p.V, place->valid, this_thread(), kPrepareThreads);
-    fence_async_proxy();
-  }
-  __syncthreads();
-
-  // Who this is, anew.
-  const int group = __shfl_sync(0xffffffffu, this_thread() >> 7, 0), quarter = this_thread() / 32 % 4;
-  const int this_lane = this_thread() % 32;
-
-  // ---- 4. W = X K^+, 64 columns a warpgroup, which take the place of those of K^+
-  if (K == 128 || group == 0) {
-    float w[32];
-    fence_registers(w);
-    cute::warpgroup_arrive();
-    const uint64_t xd = descriptor_k_major(smem_address(smem + Smem::kXOfW));
-    const uint64_t kd = descriptor_mn_major(smem_address(key + group * kHalfBytes));
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      wgmma_ss<__half, Major::K, Major::MN>(w, advance(xd, j * 32), advance(kd, j * 16 * kRowBytes), j > 0);
-    cute::warpgroup_commit_batch();
-    cute::warpgroup_wait<0>();
-    fence_registers(w);
-    named_barrier(kWarpgroup + group, 128);  // all four warps' products are done
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const float* x8 = w + 8 * c;
-      store_matrices(key + block_address(quarter, 4 * group + c), pack<__half>(x8[0], x8[1]),
-                     pack<__half>(x8[2], x8[3]), pack<__half>(x8[4], x8[5]), pack<__half>(x8[6], x8[7]));
-    }
-    fence_async_proxy();
-    named_barrier(kWarpgroup + group, 128);
-    if (this_thread() % 128 == 0) {
-      bulk_store(place->out + Out::kW + group * kHalfBytes, key + group * kHalfBytes, kHalfBytes);
-      bulk_store_commit();
-    }
-  }
-
-  // ---- 4. Uᵀ = Vᵀ Xᵀ, 64 value channels a warpgroup
-  if (p.V == 128 || group == 1) {
-    const int half = p.V == 128 ? group : 0;
-    float u[32];
-    fence_registers(u);
-    cute::warpgroup_arrive();
-    const uint64_t vd = descriptor_mn_major(smem_address(query + half * kHalfBytes));
-    const uint64_t high = descriptor_k_major(smem_address(smem + Smem::kXHigh));
-    const uint64_t low = descriptor_k_major(smem_address(smem + Smem::kXLow));
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      wgmma_ss<Element, Major::MN, Major::K>(u, advance(vd, j * 16 * kRowBytes), advance(low, j * 32), j > 0);
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      wgmma_ss<Element, Major::MN, Major::K>(u, advance(vd, j * 16 * kRowBytes), advance(high, j * 32));
-    cute::warpgroup_commit_batch();
-    cute::warpgroup_wait<0>();
-    fence_registers(u);
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < 32; ++i) bits = max(bits, magnitude_bits(u[i]));
-    bits = warp_max(bits);
-    const int exponent = max(exponent_of(bits), -100) - 14;  // the largest becomes at most 2^15
-    const float factor = power_of_two(-exponent);
-    if (this_lane == 0) reinterpret_cast<int*>(place->out + Out::kExponents)[4 * half + quarter] = exponent;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float* x8 = u + 8 * i;
-      uint4 r = {pack<__half>(x8[0] * factor, x8[1] * factor), pack<__half>(x8[2] * factor, x8[3] * factor),
-                 pack<__half>(x8[4] * factor, x8[5] * factor), pack<__half>(x8[6] * factor, x8[7] * factor)};
-      reinterpret_cast<uint4*>(place->out + Out::kU + half * Out::kUHalfBytes)[i * 128 + this_thread() % 128] = r;
+    if constexpr (kGate != Gate::kSafe) {  // a bound of -5 keeps the safe gate in range
+      const bool exceeds = __any_sync(0xffffffffu, largest > kMaxFactored);
+      if (lane == 0) out_of_range[4 * side + warp] = exceeds;
     }
     if (p.retention != nullptr) {
-      if (this_lane == 0 && exponent_of(bits) == 128) chunk_retention[half] = __int_as_float(0x7fffffff);
-      named_barrier(kWarpgroup + group, 128);
-      if (this_thread() % 128 == 0) retention(p, half, place->head)[place->slot] = chunk_retention[half];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint32_t bits = slowest_bits[i];
+#pragma unroll
+        for (int other = 4; other < 32; other *= 2) bits = min(bits, __shfl_xor_sync(0xffffffffu, bits, other));
+        if (g == 0) slowest[side * kChunk + block + 2 * t + (i & 1) + (i >> 1) * 8] = bits;
+      }
     }
+    __syncthreads();
+    float diagonal[2][4];  // of P for warps 0-3, of A for warps 4-7
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      const float4 other = exchange[(2 * (1 - side) + m) * 32];
+      diagonal[m][0] = (side == 0 ? diagonal_p[m][0] : diagonal_a[m][0]) + other.x;
+      diagonal[m][1] = (side == 0 ? diagonal_p[m][1] : diagonal_a[m][1]) + other.y;
+      diagonal[m][2] = (side == 0 ? diagonal_p[m][2] : diagonal_a[m][2]) + other.z;
+      diagonal[m][3] = (side == 0 ? diagonal_p[m][3] : diagonal_a[m][3]) + other.w;
+    }
+    if constexpr (kGate != Gate::kSafe) {
+      if (out_of_range[warp] || out_of_range[4 + warp]) {
+        float4* const sums = exchange + 2 * (1 - side) * 32;  // which were for this warp only, and have been read
+        exact_diagonal<Element, K, kGate, kFloatGate>(p, gate, *place, block, side == 0, gate_bias, norms, sums);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          const float4 d = sums[32 * m];
+          diagonal[m][0] = d.x;
+          diagonal[m][1] = d.y;
+          diagonal[m][2] = d.z;
+          diagonal[m][3] = d.w;
+        }
+      }
+    }
+    __syncthreads();  // A will lie where the sums did
+
+    // ---- 2. blocks below the diagonal
+    char* const out = place->out;
+    if (const int channel = this_thread(); channel < K) {  // decays over several blocks, and over all of the chunk
+      __half* const from_start = reinterpret_cast<__half*>(smem + Smem::kFromStart) + channel;
+      __half* const to_end = reinterpret_cast<__half*>(smem + Smem::kToEnd) + channel;
+      const float d0 = block_decay[channel], d1 = block_decay[K + channel], d2 = block_decay[2 * K + channel],
+                  d3 = block_decay[3 * K + channel];
+      from_start[0] = __float2half(d0);
+      from_start[K] = __float2half(d0 * d1);
+      from_start[2 * K] = __float2half(d0 * d1 * d2);
+      to_end[2 * K] = __float2half(d3);
+      to_end[K] = __float2half(d2 * d3);
+      to_end[0] = __float2half(d1 * d2 * d3);
+      reinterpret_cast<float*>(out + Out::kDecay)[decay_index(thread)] = d0 * d1 * d2 * d3;
+      if (channel < kChunk) reinterpret_cast<float*>(out + Out::kScale)[channel] = scale_of[channel];
+    }
+    if (p.retention != nullptr && this_thread() >= kPrepareThreads - 32) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int row = lane; row < kChunk; row += 32) {
+        if (row >= valid) continue;
+        const uint32_t bits = min(slowest[row], slowest[kChunk + row]);
+        const float decay = bits == 0 || bits >= 0x80000000u ? __uint_as_float(bits) : __int_as_float(0x7fffffff);
+        const float squares_k = squares[kChunk + row] + squares[3 * kChunk + row];
+        // The last term is a NaN where k is not finite, and so is the one before where β is not.
+        sum += decay + log2_approx(max_or_nan(fabsf(1.0f - beta_w[row]), 1.0f)) + 0.0f * squares_k;
+      }
+#pragma unroll
+      for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+      if (lane < 2) chunk_retention[lane] = sum;
+    }
+    {
+      const char* const rows = side == 0 ? query : key;
+      const ColumnAddress column_address(lane);
+      float middle[2][4] = {}, near[4] = {};
+      const int i = 2 + (warp >> 1), j = warp & 1;
+      {  // block (i, j): what lies between rows and columns is block 2 for i = 3, and block 1 for j = 0
+        const uint32_t* const decay_rows = reinterpret_cast<const uint32_t*>(block_decay_half + (i == 3   ? 2
+                                                                                                 : j == 0 ? 1
+                                                                                                          : 0) *
+                                                                                                    K) +
+                                           t;
+        const uint32_t* const decay_columns = reinterpret_cast<const uint32_t*>(block_decay_half + K) + t;
+        const bool both = i == 3 && j == 0;
+#pragma unroll 2
+        for (int c = 0; c < K / 16; ++c) {
+          uint32_t rf[4], cf[4];
+          load_matrices(rf, rows + block_address(i, c));
+          load_matrices(cf, gate_tile + column_address(j, c));
+          uint32_t d[2] = {decay_rows[8 * c], decay_rows[8 * c + 4]};
+          if (both) {
+            d[0] = multiply_half2(d[0], decay_columns[8 * c]);
+            d[1] = multiply_half2(d[1], decay_columns[8 * c + 4]);
+          }
+#pragma unroll
+          for (int r = 0; r < 4; ++r) rf[r] = multiply_half2(rf[r], d[r >> 1]);
+          mma_fp16(middle[0], rf, cf[0], cf[1]);
+          mma_fp16(middle[1], rf, cf[2], cf[3]);
+        }
+      }
+      // Columns 8 (warp & 1).. of block (1, 0) or (3, 2)
+      const int near_row = warp < 2 ? 1 : 3, near_column = kBlock * (near_row - 1) + 8 * (warp & 1);
+#pragma unroll 2
+      for (int c = 0; c < K / 16; c += 2) {
+        uint32_t rf[4], cf[4];
+        load_matrices(cf, gate_tile + tile_offset(near_column + (lane & 7), 2 * c + (lane >> 3)));
+        load_matrices(rf, rows + block_address(near_row, c));
+        mma_fp16(near, rf, cf[0], cf[1]);
+        load_matrices(rf, rows + block_address(near_row, c + 1));
+        mma_fp16(near, rf, cf[2], cf[3]);
+      }
+      if (side == 0) {  // P, into the record: 0 above the diagonal
+        const auto store = [&](int row, int column, float x, float y) {
+          *reinterpret_cast<uint32_t*>(out + Out::kP + tile_offset(row, column >> 3) + 4 * t) = pack<__half>(x, y);
+        };
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = g + 8 * half;
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            const int column = 8 * m + 2 * t;
+            store(kBlock * i + row, kBlock * j + column, middle[m][2 * half], middle[m][2 * half + 1]);
+            store(block + row, block + column, column <= row ? diagonal[m][2 * half] * kTwoTruncations : 0.0f,
+                  column + 1 <= row ? diagonal[m][2 * half + 1] * kTwoTruncations : 0.0f);
+            if (warp < 3) {  // blocks (0, 1) and (0, 2), (0, 3) and (1, 2), (1, 3) and (2, 3)
+              store(kBlock * (warp == 2) + row, kBlock * (warp == 0 ? 1 : 3) + column, 0.0f, 0.0f);
+              store(kBlock * warp + row, kBlock * (warp == 2 ? 3 : 2) + column, 0.0f, 0.0f);
+            }
+          }
+          store(kBlock * near_row + row, near_column + 2 * t, near[2 * half], near[2 * half + 1]);
+        }
+      } else {
+        // A, the rows times β n²
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = g + 8 * half;
+          const float b = beta_w[kBlock * i + row], b_near = beta_w[kBlock * near_row + row];
+          const float b_diagonal = beta_w[block + row] * kTwoTruncations;
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            *reinterpret_cast<float2*>(value + matrix_offset(kBlock * i + row, kBlock * j + 8 * m + 2 * t)) = {
+                middle[m][2 * half] * b, middle[m][2 * half + 1] * b};
+            *reinterpret_cast<float2*>(value + matrix_offset(block + row, block + 8 * m + 2 * t)) = {
+                diagonal[m][2 * half] * b_diagonal, diagonal[m][2 * half + 1] * b_diagonal};
+          }
+          *reinterpret_cast<float2*>(value + matrix_offset(kBlock * near_row + row, near_column + 2 * t)) = {
+              near[2 * half] * b_near, near[2 * half + 1] * b_near};
+        }
+      }
+    }
+    __syncthreads();
+
+    // ---- 3. the inverse of the diagonal blocks; Q, K^+ and Kr
+    if (side == 0) {
+      invert_diagonal(value, block);
+    } else {
+      const uint32_t* const from_start = reinterpret_cast<const uint32_t*>(smem + Smem::kFromStart) + t;
+      const uint32_t* const to_end = reinterpret_cast<const uint32_t*>(smem + Smem::kToEnd) + t;
+      for (int c = warp; c < K / 16; c += 4) {
+#pragma unroll
+        for (int b = 0; b < 3; ++b) {
+          const int at = b * (K / 2) + 8 * c;
+          const uint32_t start[2] = {from_start[at], from_start[at + 4]}, end[2] = {to_end[at], to_end[at + 4]};
+          scale_block(query + block_address(b + 1, c), start);
+          scale_block(key + block_address(b + 1, c), start);
+          scale_block(gate_tile + block_address(b, c), end);
+        }
+      }
+    }
+    fence_async_proxy();
+    __syncthreads();
+
+    if (this_thread() == 128) {
+      bulk_store(place->out + Out::kQ, query, Smem::kTile);
+      bulk_store_commit();
+      bulk_store(place->out + Out::kKr, gate_tile, Smem::kTile);
+      bulk_store_commit();
+      cute::tma_store_wait<1>();  // Q has been read: v takes its place
+      TransactionBarrier::arrive_and_expect_tx(value_here, kChunk * p.V * 2);
+      load_tile(&maps.v, value_here, query, 0, place->head, place->token, place->batch);
+      if (p.V == 128) load_tile(&maps.v, value_here, query + kHalfBytes, 64, place->head, place->token, place->batch);
+      bulk_stores_have_read();
+    }
+
+    // ---- 3. block column `warp` of X, transposed: x[i] is (rows of block i)ᵀ
+    float x[4][2][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[i][m][e] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (side == 1) {  // which has nothing else to do here
+        if (i == 0 && stays && this_thread() == kPrepareThreads - 1) place[1] = next_place<K>(p);
+        break;
+      }
+      if (i == warp) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            int row = block + 8 * m + 2 * t + (e & 1), column = block + g + (e >> 1) * 8;
+            x[i][m][e] = *reinterpret_cast<const float*>(value + matrix_offset(row, column & ~3) + (column & 3) * 4);
+          }
+      } else if (i > warp) {
+        float sum[2][4] = {};
+#pragma unroll
+        for (int m = 0; m < i; ++m)
+          if (m >= warp) multiply_by_block_transposed(sum, x[m], value, kBlock * i, kBlock * m);
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[m][e] = -sum[m][e];
+        multiply_by_block_transposed(x[i], sum, value, kBlock * i, kBlock * i);
+      }
+    }
+    __syncthreads();  // A has been read, and Q and Kr are on their way
+
+    // ---- 4. X in the types of the two products
+    if (side == 0) {
+      const float bw[2] = {beta_w[block + g], beta_w[block + g + 8]},
+                  bu[2] = {beta_u[block + g], beta_u[block + g + 8]};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        fence_registers(x[i][0]);  // one after the other: there are no registers for all at once
+        fence_registers(x[i][1]);
+        uint32_t w[4], high[4], low[4];
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float x0 = x[i][m][2 * half], x1 = x[i][m][2 * half + 1];
+            w[2 * m + half] = pack<__half>(x0 * bw[half], x1 * bw[half]);
+            x0 *= bu[half];
+            x1 *= bu[half];
+            high[2 * m + half] = pack<Element>(x0, x1);
+            float2 h = unpack<Element>(high[2 * m + half]);
+            low[2 * m + half] = pack<Element>(x0 - h.x, x1 - h.y);
+          }
+        // Matrix 2m + half is rows 8m.. of block i and columns 8 half.. of this warp's block, transposed on the way.
+        int at = tile_offset(kBlock * i + (lane >> 4) * 8 + (lane & 7), 2 * warp + (lane >> 3 & 1));
+        store_matrices_transposed(smem + Smem::kXOfW + at, w[0], w[1], w[2], w[3]);
+        store_matrices_transposed(smem + Smem::kXHigh + at, high[0], high[1], high[2], high[3]);
+        store_matrices_transposed(smem + Smem::kXLow + at, low[0], low[1], low[2], low[3]);
+      }
+    }
+    fence_async_proxy();
+    Barrier::wait(value_here, place->phase);
+    if (place->valid < kChunk) {
+      clear_rows(query, p.V, place->valid, this_thread(), kPrepareThreads);
+      fence_async_proxy();
+    }
+    __syncthreads();
+
+    // Who this is, anew.
+    const int group = __shfl_sync(0xffffffffu, this_thread() >> 7, 0), quarter = this_thread() / 32 % 4;
+    const int this_lane = this_thread() % 32;
+
+    // ---- 4. W = X K^+, 64 columns a warpgroup, which take the place of those of K^+
+    if (K == 128 || group == 0) {
+      float w[32];
+      fence_registers(w);
+      cute::warpgroup_arrive();
+      const uint64_t xd = descriptor_k_major(smem_address(smem + Smem::kXOfW));
+      const uint64_t kd = descriptor_mn_major(smem_address(key + group * kHalfBytes));
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        wgmma_ss<__half, Major::K, Major::MN>(w, advance(xd, j * 32), advance(kd, j * 16 * kRowBytes), j > 0);
+      cute::warpgroup_commit_batch();
+      cute::warpgroup_wait<0>();
+      fence_registers(w);
+      named_barrier(kWarpgroup + group, 128);  // all four warps' products are done
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const float* x8 = w + 8 * c;
+        store_matrices(key + block_address(quarter, 4 * group + c), pack<__half>(x8[0], x8[1]),
+                       pack<__half>(x8[2], x8[3]), pack<__half>(x8[4], x8[5]), pack<__half>(x8[6], x8[7]));
+      }
+      fence_async_proxy();
+      named_barrier(kWarpgroup + group, 128);
+      if (this_thread() % 128 == 0) {
+        bulk_store(place->out + Out::kW + group * kHalfBytes, key + group * kHalfBytes, kHalfBytes);
+        bulk_store_commit();
+      }
+    }
+
+    // ---- 4. Uᵀ = Vᵀ Xᵀ, 64 value channels a warpgroup
+    if (p.V == 128 || group == 1) {
+      const int half = p.V == 128 ? group : 0;
+      float u[32];
+      fence_registers(u);
+      cute::warpgroup_arrive();
+      const uint64_t vd = descriptor_mn_major(smem_address(query + half * kHalfBytes));
+      const uint64_t high = descriptor_k_major(smem_address(smem + Smem::kXHigh));
+      const uint64_t low = descriptor_k_major(smem_address(smem + Smem::kXLow));
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        wgmma_ss<Element, Major::MN, Major::K>(u, advance(vd, j * 16 * kRowBytes), advance(low, j * 32), j > 0);
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        wgmma_ss<Element, Major::MN, Major::K>(u, advance(vd, j * 16 * kRowBytes), advance(high, j * 32));
+      cute::warpgroup_commit_batch();
+      cute::warpgroup_wait<0>();
+      fence_registers(u);
+      uint32_t bits = 0;
+#pragma unroll
+      for (int i = 0; i < 32; ++i) bits = max(bits, magnitude_bits(u[i]));
+      bits = warp_max(bits);
+      const int exponent = max(exponent_of(bits), -100) - 14;  // the largest becomes at most 2^15
+      const float factor = power_of_two(-exponent);
+      if (this_lane == 0) reinterpret_cast<int*>(place->out + Out::kExponents)[4 * half + quarter] = exponent;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* x8 = u + 8 * i;
+        uint4 r = {pack<__half>(x8[0] * factor, x8[1] * factor), pack<__half>(x8[2] * factor, x8[3] * factor),
+                   pack<__half>(x8[4] * factor, x8[5] * factor), pack<__half>(x8[6] * factor, x8[7] * factor)};
+        reinterpret_cast<uint4*>(place->out + Out::kU + half * Out::kUHalfBytes)[i * 128 + this_thread() % 128] = r;
+      }
+      if (p.retention != nullptr) {
+        if (this_lane == 0 && exponent_of(bits) == 128) chunk_retention[half] = __int_as_float(0x7fffffff);
+        named_barrier(kWarpgroup + group, 128);
+        if (this_thread() % 128 == 0) retention(p, half, place->head)[place->slot] = chunk_retention[half];
+      }
+    }
+    if (!stays) break;
+
+    // The record is whole once the copy engine has written its part as well.
+    if (this_thread() % 128 == 0) bulk_stores_are_done();
+    fence_async_proxy();
+    __syncthreads();
+    if (this_thread() == 0) {
+      set_flag(p.ready + place->slot * p.HV + place->head);
+      place[1].phase = place->phase ^ 1;
+      place[0] = place[1];
+    }
+    __syncthreads();
   }
   if (this_thread() % 128 == 0) bulk_stores_have_read();
+  if (stays && this_thread() == 0) {
+    __threadfence();
+    atomicAdd(&p.progress->finished, 1);
+  }
 }
 
 }  // namespace kda

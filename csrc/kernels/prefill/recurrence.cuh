@@ -448,6 +448,25 @@ __device__ __forceinline__ void store_outputs(const PrefillParams& p, const Sequ
   }
 }
 
+// Waits for the record of chunk c, where `prepare` runs beside this kernel. Returns up to which chunk records are ready. For
+// a whole warp, which looks at 32 at a time: a look takes as long as a good part of a chunk.
+__device__ __forceinline__ int wait_until_ready(const PrefillParams& p, int first_slot, int head, int c, int end) {
+  const int lane = threadIdx.x & 31;
+  const int* const flag = p.ready + static_cast<int64_t>(first_slot + min(c + lane, end - 1)) * p.HV + head;
+  uint32_t missing;
+  while ((missing = __ballot_sync(0xffffffffu, load_flag(flag) == 0)) & 1) {
+    // Every record becomes ready, unless cu_seqlens is not what it should be: then the end of `prepare` ends the waiting.
+    if (__any_sync(0xffffffffu, load_flag(&p.progress->finished) >= p.prepare_ctas)) {
+      missing = 0;
+      break;
+    }
+    __nanosleep(50);
+  }
+  __syncwarp();
+  fence_global_proxy();
+  return min(c + (missing == 0 ? 32 : __ffs(missing) - 1), end);
+}
+
 // kCompose: whether CTAs that share a chain may compose its states.
 template <class Element, int K, int kHalves, bool kCompose>
 __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __grid_constant__ PrefillParams p) {
@@ -488,7 +507,7 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
   if (warpgroup == kHalves) {  // ---------------------------------------------------------------------------- copies
     cutlass::arch::warpgroup_reg_dealloc<40>();
     const int warp = cutlass::canonical_warp_idx_sync() - 4 * kHalves, lane = threadIdx.x & 31;
-    if (warp == 0) wait_for_previous_kernel();
+    if (warp == 0 && (kCompose || p.ready == nullptr)) wait_for_previous_kernel();
     if (segments > 1) {
       named_barrier(kPlanning, kThreads);  // the initial state has been looked at
       if (warp == 0) {
@@ -507,12 +526,17 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
                                   smem);
       return;
     }
-    if (lane != 0) return;
+    if (kCompose && lane != 0) return;
     RingPosition<Smem::kStages> ring;
+    int ready = p.ready == nullptr ? segment.end : segment.start;  // chunks before it are; never with kCompose
     for (int pass = 0; pass < (kCompose ? segment.passes : 1); ++pass) {
       const bool is_last_pass = !kCompose || pass == segment.passes - 1,
                  has_u = !kCompose || pass >= segment.matrix_passes;
       for (int c = segment.start; c < segment.end; ++c) {
+        if constexpr (!kCompose) {
+          if (c >= ready) ready = wait_until_ready(p, seq.first_slot, head, c, segment.end);
+          if (lane != 0) continue;
+        }
         const bool has_output = is_last_pass && c >= segment.first;
         const char* in = record<K>(p, seq.first_slot + c, head);
         char* to = smem + ring.stage * Smem::kStage;
@@ -534,6 +558,8 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
         ring.next();
       }
     }
+    // This kernel ends after `prepare`, for those who wait for this one.
+    if (!kCompose && p.ready != nullptr && blockIdx.x == gridDim.x - 1) wait_for_previous_kernel();
     return;
   }
 
