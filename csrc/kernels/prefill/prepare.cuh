@@ -1,4 +1,5 @@
-// All that a chunk needs besides the state: one CTA of eight warps makes the record of one chunk and value head.
+// All that a chunk needs besides the state: one CTA of eight warps makes the record of one chunk and value head, or, where
+// `recurrence` runs beside this kernel, of one after the other.
 //
 // Data flow
 //   1. A pair of warps, one of each warpgroup, takes a block of 16 tokens, half of the channels each, 8 at a time: gate →

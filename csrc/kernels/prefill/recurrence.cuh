@@ -23,6 +23,8 @@
 // CTA finds out what its chunks do to a state before it knows that state: S M + N, with M from the rows of the identity and
 // without U, N from zeros and with U, in passes of their own. From the M and N of all segments before comes its first state.
 //
+// With very many chunks and heads, `prepare` runs on other SMs meanwhile, and each record has a flag that says it is there.
+//
 // Each warp holds its 16 rows of S as S / 2^E, with E such that fp16 holds them: U / 2^E stays under 2^3, and E follows
 // the size of S every few chunks. Rows never mix, so no two warps need agree on E.
 //
