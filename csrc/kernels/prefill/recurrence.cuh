@@ -530,7 +530,7 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
     }
     if (kCompose && lane != 0) return;
     RingPosition<Smem::kStages> ring;
-    int ready = p.ready == nullptr ? segment.end : segment.start;  // chunks before it are; never with kCompose
+    int ready = p.ready == nullptr ? segment.end : segment.start;  // chunks before it are there
     for (int pass = 0; pass < (kCompose ? segment.passes : 1); ++pass) {
       const bool is_last_pass = !kCompose || pass == segment.passes - 1,
                  has_u = !kCompose || pass >= segment.matrix_passes;
