@@ -399,7 +399,7 @@ def test_composed_states_keep_a_poison(name, value):
     inputs = arguments(1, 9000, 2, 2, gate="mild")
     clean = kernel(inputs)
     inputs[name] = inputs[name].clone()
-    inputs[name][0, 4000 if name != "initial_state" else 1, 1 if name != "initial_state" else 3] = value
+    inputs[name][(0, 1, 3) if name == "initial_state" else (0, 4000, 1)] = value  # head 1
     o, state = kernel(inputs)
     if not (name in ("g", "beta") and value == math.inf):  # whose functions are finite there
         assert not o[0, -1, 1].isfinite().all() and not state[0, 1].isfinite().all()

@@ -296,6 +296,12 @@ __device__ __forceinline__ void store_state(const PrefillParams& p, void* states
 }
 
 template <size_t N>
+__device__ __forceinline__ void set_to_zero(float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = 0.0f;
+}
+
+template <size_t N>
 __device__ __forceinline__ uint32_t largest_magnitude(const float (&x)[N]) {
   uint32_t bits = 0;
 #pragma unroll
@@ -580,12 +586,14 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
 
   float s[K / 2];
   int exponent = -200;  // S is 2^exponent times what the registers hold
-  if (p.initial_state != nullptr) {
-    load_state<K>(p, p.initial_state, matrix, first_row, s);
-  } else {
-#pragma unroll
-    for (int i = 0; i < K / 2; ++i) s[i] = 0.0f;
-  }
+  const auto load_initial_state = [&]() {
+    if (p.initial_state != nullptr) {
+      load_state<K>(p, p.initial_state, matrix, first_row, s);
+    } else {
+      set_to_zero(s);
+    }
+  };
+  load_initial_state();
   uint32_t bits = largest_magnitude(s);
   if (segments > 1) {
     if (lane == 0) is_finite[warp] = exponent_of(bits) < 128;
@@ -688,15 +696,9 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
           reinterpret_cast<uint4*>(smem + i / 4 * Smem::kStage + In::kU)[i % 4 * 128 + thread] = uint4{};
         fence_async_proxy();
       } else if (segment.start > 0) {
-#pragma unroll
-        for (int i = 0; i < K / 2; ++i) s[i] = 0.0f;
+        set_to_zero(s);
       } else if (pass > 0) {
-        if (p.initial_state != nullptr) {
-          load_state<K>(p, p.initial_state, matrix, first_row, s);
-        } else {
-#pragma unroll
-          for (int i = 0; i < K / 2; ++i) s[i] = 0.0f;
-        }
+        load_initial_state();
       }
       if (kCompose && is_last_pass && index < segment.composed) {
         if (pass > 0) {
