@@ -385,6 +385,23 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
   }
 
   const bool stays = p.ready != nullptr;
+  // Loads q, k and g of `place`; for the thread that writes it, since the others need not know of it first. Whole tiles
+  // come, zeros after the last token of all; tokens of the next sequence are taken care of later.
+  const auto load_inputs = [&]() {
+    if (place->valid == 0) return;
+    const int head = place->head, key_head = head / (p.HV / p.H), token = place->token, batch = place->batch;
+    TransactionBarrier::arrive_and_expect_tx(inputs_here, (kFloatGate ? 4 : 3) * Smem::kTile);
+    constexpr int kGateColumns = kFloatGate ? 32 : 64;
+#pragma unroll
+    for (int c = 0; c < K; c += kGateColumns)
+      load_tile(&maps.g, inputs_here, (kFloatGate ? float_gate : gate_tile) + c / kGateColumns * kHalfBytes, c, head,
+                token, batch);
+#pragma unroll
+    for (int c = 0; c < K; c += 64) {
+      load_tile(&maps.k, inputs_here, key + c / 64 * kHalfBytes, c, key_head, token, batch);
+      load_tile(&maps.q, inputs_here, query + c / 64 * kHalfBytes, c, key_head, token, batch);
+    }
+  };
   if (threadIdx.x == 0) {
     TransactionBarrier::init(inputs_here, 1);
     TransactionBarrier::init(value_here, 1);
@@ -397,6 +414,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
       // ones compute while the others load.
       if (blockIdx.x < kCtas * p.num_sms && gridDim.x > p.num_sms) __nanosleep(blockIdx.x / p.num_sms * kStagger);
       *place = stays ? next_place<K>(p) : place_of<K>(p, blockIdx.x);
+      load_inputs();
     }
   }
   __syncthreads();
@@ -407,7 +425,6 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
     const int lane = thread & 31, g = lane >> 2, t = lane & 3;
     const BlockAddress block_address(lane);
     const int head = place->head, token = place->token, valid = place->valid, batch = place->batch;
-    const int key_head = head / (p.HV / p.H);
 
     // All small loads first, so that they wait together.
     constexpr int kBetaThreads =
@@ -420,20 +437,6 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
                          static_cast<int64_t>(token + thread - kBetaThreads) * p.beta_strides[1] +
                          head * p.beta_strides[2];
       raw_beta = p.beta_dtype == DType::kFP32 ? load_float<float>(p.beta, at) : load_float<Element>(p.beta, at);
-    }
-    // Whole tiles come, zeros after the last token of all; tokens of the next sequence are taken care of later.
-    if (thread == 0) {
-      TransactionBarrier::arrive_and_expect_tx(inputs_here, (kFloatGate ? 4 : 3) * Smem::kTile);
-      constexpr int kGateColumns = kFloatGate ? 32 : 64;
-#pragma unroll
-      for (int c = 0; c < K; c += kGateColumns)
-        load_tile(&maps.g, inputs_here, (kFloatGate ? float_gate : gate_tile) + c / kGateColumns * kHalfBytes, c, head,
-                  token, batch);
-#pragma unroll
-      for (int c = 0; c < K; c += 64) {
-        load_tile(&maps.k, inputs_here, key + c / 64 * kHalfBytes, c, key_head, token, batch);
-        load_tile(&maps.q, inputs_here, query + c / 64 * kHalfBytes, c, key_head, token, batch);
-      }
     }
     const float rate = exp2_approx(log_rate * kLog2E);
     const GateFunction<kGate> gate{rate * (kGate == Gate::kSafe ? -kLog2E : -kTruncation),
@@ -964,6 +967,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
       set_flag(p.ready + place->slot * p.HV + place->head);
       place[1].phase = place->phase ^ 1;
       place[0] = place[1];
+      load_inputs();
     }
     __syncthreads();
   }
