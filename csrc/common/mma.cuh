@@ -59,6 +59,18 @@ __device__ __forceinline__ uint64_t descriptor_k_major(uint32_t smem_address) {
   return d;
 }
 
+// The same for rows of 16 elements of K and no more: 32 bytes, their two 16-byte chunks swizzled by bit 2 of the row.
+constexpr int kNarrowRowBytes = 32;
+__device__ __forceinline__ uint64_t descriptor_k_major_narrow(uint32_t smem_address) {
+  cute::GmmaDescriptor d;
+  d.desc_ = 0;
+  d.bitfield.start_address_ = smem_address >> 4;
+  d.bitfield.leading_byte_offset_ = 1;
+  d.bitfield.stride_byte_offset_ = 8 * kNarrowRowBytes >> 4;
+  d.bitfield.layout_type_ = 3;  // 32-byte swizzle
+  return d;
+}
+
 // MN-major operand: a row per K index, 64 of M or N in a half. Add 16 * kRowBytes for the next 16 elements of K.
 __device__ __forceinline__ uint64_t descriptor_mn_major(uint32_t smem_address) {
   cute::GmmaDescriptor d;

@@ -742,9 +742,9 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
         load_matrices(rf, rows + block_address(near_row, c + 1));
         mma_fp16(near, rf, cf[2], cf[3]);
       }
-      if (side == 0) {  // P, into the record: 0 above the diagonal
+      if (side == 0) {  // P, into the record
         const auto store = [&](int row, int column, float x, float y) {
-          *reinterpret_cast<uint32_t*>(out + Out::kP + tile_offset(row, column >> 3) + 4 * t) = pack<__half>(x, y);
+          *reinterpret_cast<uint32_t*>(out + Out::kP + p_offset(row, column)) = pack<__half>(x, y);
         };
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -755,10 +755,6 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
             store(kBlock * i + row, kBlock * j + column, middle[m][2 * half], middle[m][2 * half + 1]);
             store(block + row, block + column, column <= row ? diagonal[m][2 * half] * kTwoTruncations : 0.0f,
                   column + 1 <= row ? diagonal[m][2 * half + 1] * kTwoTruncations : 0.0f);
-            if (warp < 3) {  // blocks (0, 1) and (0, 2), (0, 3) and (1, 2), (1, 3) and (2, 3)
-              store(kBlock * (warp == 2) + row, kBlock * (warp == 0 ? 1 : 3) + column, 0.0f, 0.0f);
-              store(kBlock * warp + row, kBlock * (warp == 2 ? 3 : 2) + column, 0.0f, 0.0f);
-            }
           }
           store(kBlock * near_row + row, near_column + 2 * t, near[2 * half], near[2 * half + 1]);
         }

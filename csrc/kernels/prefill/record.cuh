@@ -9,6 +9,19 @@ namespace kda {
 constexpr int kChunk = 64;  // tokens
 constexpr int kBlock = 16;  // tokens of a diagonal block, one warp's rows
 
+// Tile j of the matrix P below: columns 16 j..16 j + 15 of rows 16 j..63, as WGMMA's 32-byte mode wants them. The rows
+// above are zero, and no record has them.
+constexpr int kPTileBytes = kChunk * kNarrowRowBytes;  // with all rows
+
+// Where in P the tile begins.
+__host__ __device__ constexpr int p_tile(int j) { return j * kPTileBytes - j * (j - 1) / 2 * kBlock * kNarrowRowBytes; }
+
+// Byte offset in P of element (row, column), column even, of a block on or below the diagonal.
+__device__ __forceinline__ int p_offset(int row, int column) {
+  const int j = column / kBlock, chunk = column / 8 % 2;
+  return p_tile(j) + (row - kBlock * j) * kNarrowRowBytes + ((chunk ^ (row >> 2 & 1)) << 4) + column % 8 * 2;
+}
+
 // With G the log-decay summed from the start of the chunk, and k^, q^ of unit length (k = n k^, q = m q^):
 //
 //   A_ij = β_i n_i² Σ_d k^_id k^_jd e^(G_id - G_jd)  (j < i)         X = (I + A)^-1
@@ -22,8 +35,8 @@ constexpr int kBlock = 16;  // tokens of a diagonal block, one warp's rows
 // All but U is at most about 1 in magnitude whatever the inputs are, so that fp16 holds it with 11 bits. U is as large
 // as v: it is stored in fp16 with an exponent for each 16 rows of Uᵀ.
 //
-// Matrices with tokens as rows are WGMMA tiles (common/tile.cuh). Uᵀ is in the order of the accumulators of a 64 × 64
-// product: for each 64 value channels, [4][128 threads][8 halves].
+// W, Kr and Q, with tokens as rows, are WGMMA tiles (common/tile.cuh); P is in tiles of its own (`p_offset`). Uᵀ is in
+// the order of the accumulators of a 64 × 64 product: for each 64 value channels, [4][128 threads][8 halves].
 template <int K>
 struct Record {
   static constexpr int kMatrixBytes = kChunk * K * 2;
@@ -40,7 +53,7 @@ struct Record {
   // Read by the warpgroup that makes the output.
   static constexpr int kQ = kU + 2 * kUHalfBytes;
   static constexpr int kP = kQ + kMatrixBytes;
-  static constexpr int kScale = kP + kChunk * kChunk * 2;  // float [64]: scale m
+  static constexpr int kScale = kP + p_tile(kChunk / kBlock);  // float [64]: scale m
   static constexpr int kOutputBytes = kScale + kChunk * 4 - kQ;
 
   static constexpr int kBytes = kScale + 1024;

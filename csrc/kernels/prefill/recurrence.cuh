@@ -28,6 +28,9 @@
 // Each warp holds its 16 rows of S as S / 2^E, with E such that fp16 holds them: U / 2^E stays under 2^3, and E follows
 // the size of S every few chunks. Rows never mix, so no two warps need agree on E.
 //
+// P comes without what is 0 above its diagonal blocks; those rows of its tiles are cleared once and stay. Products that
+// leave them out would have another shape than Q Sᵀ on the same accumulators, and the compiler waits between shapes.
+//
 // Shared memory (K = 128): a ring of 3 records with one half of Uᵀ (66 KB each), or of 2 whole ones (74 KB), and for each
 // warpgroup a tile of 9 KB through which the output goes, 128 bytes a token and 16 to keep rows off each other's banks.
 #pragma once
@@ -44,13 +47,13 @@ constexpr int kRescaleInterval = 8;  // chunks between two looks at the size of 
 
 template <int K, int kHalves>
 struct RecurrenceSmem {
-  // A record as it is, but for the half of Uᵀ that this CTA does not need.
+  // A record as it is, but for the half of Uᵀ that this CTA does not need, and all rows of P's tiles.
   static constexpr int kSkipped = (2 - kHalves) * Record<K>::kUHalfBytes;
   static constexpr int kQ = Record<K>::kQ - kSkipped;
   static constexpr int kP = Record<K>::kP - kSkipped;
-  static constexpr int kScale = Record<K>::kScale - kSkipped;
-  static constexpr int kCopiedBytes = kScale + kChunk * 4;
-  static constexpr int kStage = (kCopiedBytes + 1023) / 1024 * 1024;
+  static constexpr int kScale = kP + kChunk / kBlock * kPTileBytes;
+  static constexpr int kStage = (kScale + kChunk * 4 + 1023) / 1024 * 1024;
+  static constexpr int kCopiedBytes = Record<K>::kScale + kChunk * 4 - kSkipped;  // into a stage
   static constexpr int kStages = kHalves == 1 ? 3 : 2;
   static constexpr int kStoreWarps = 2 / kHalves;  // for a tile
   static constexpr int kTileRow = 64 * 2 + 16;
@@ -71,8 +74,8 @@ struct Segment {
   int passes;         // in all: those, then one for N unless nobody needs it, then the one that makes the output
 };
 
-constexpr int kPlanning = 1, kComposing = 2;  // named barriers
-constexpr int kLargestHalf = 14;              // log2 of what M and the state it multiplies are scaled to
+constexpr int kPlanning = 1, kComposing = 2, kClearing = 3;  // named barriers
+constexpr int kLargestHalf = 14;                             // log2 of what M and the state it multiplies are scaled to
 template <int K>
 constexpr int kMatrixBuffer = Composition<K>::kMatrixBytes + 1024;  // bytes for M and its exponents in shared memory
 constexpr int kLowestExponent = -400;                               // of rows of M: what is less matters to no state
@@ -424,6 +427,14 @@ __device__ __forceinline__ void compose_state(char* first, int64_t step, int cou
   }
 }
 
+// Zeros in the rows of P's tiles that no record brings; for a whole warpgroup.
+__device__ __forceinline__ void clear_above_diagonal(char* p) {
+#pragma unroll
+  for (int j = 1; j < kChunk / kBlock; ++j)
+    if (threadIdx.x % 128 < j * kBlock * kNarrowRowBytes / 16)
+      reinterpret_cast<uint4*>(p + j * kPTileBytes)[threadIdx.x % 128] = uint4{};
+}
+
 // Warp `warp` of those that take the output of 64 value channels from its tile to global memory, chunk after chunk.
 template <int K, int kHalves>
 __device__ __forceinline__ void store_outputs(const PrefillParams& p, const Sequence& seq, const Segment& segment,
@@ -554,14 +565,22 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
           Barrier::wait(composed, 0);
         Barrier::wait(empty + ring.stage, ring.phase ^ 1);
         TransactionBarrier::arrive_and_expect_tx(barrier, has_output ? Smem::kCopiedBytes : has_u ? Smem::kQ : In::kU);
-        if constexpr (kHalves == 2) {
-          cute::SM90_BULK_COPY_G2S::copy(in, barrier, to, Smem::kCopiedBytes);
-        } else {
-          cute::SM90_BULK_COPY_G2S::copy(in, barrier, to, In::kU);
-          if (has_u)
-            cute::SM90_BULK_COPY_G2S::copy(in + In::kU + part * In::kUHalfBytes, barrier, to + In::kU, In::kUHalfBytes);
-          if (has_output)
-            cute::SM90_BULK_COPY_G2S::copy(in + In::kQ, barrier, to + Smem::kQ, Smem::kCopiedBytes - Smem::kQ);
+        const auto copy = [&](int from, int at, int bytes) {
+          cute::SM90_BULK_COPY_G2S::copy(in + from, barrier, to + at, bytes);
+        };
+        if constexpr (kHalves == 1) {
+          copy(0, 0, In::kU);
+          if (has_u) copy(In::kU + part * In::kUHalfBytes, In::kU, In::kUHalfBytes);
+        }
+        if (has_output) {  // P's first tile with what is before it, the last one with what is behind it
+          constexpr int kBefore = kHalves == 1 ? In::kMatrixBytes : In::kP;
+          copy(In::kP - kBefore, Smem::kP - kBefore, kBefore + p_tile(1));
+#pragma unroll
+          for (int j = 1; j < kChunk / kBlock; ++j) {
+            const int from = In::kP + p_tile(j), end = In::kP + p_tile(j + 1);
+            copy(from, Smem::kP + j * (kPTileBytes + kBlock * kNarrowRowBytes),
+                 (end < In::kScale ? end : In::kScale + kChunk * 4) - from);
+          }
         }
         ring.next();
       }
@@ -601,6 +620,10 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
     named_barrier(kPlanning, kThreads);
     segment = *plan;
   }
+#pragma unroll
+  for (int i = 0; i < Smem::kStages; ++i) clear_above_diagonal(smem + i * Smem::kStage + Smem::kP);
+  fence_async_proxy();
+  named_barrier(kClearing, 128 * kHalves);
 
   int64_t states_at = 0;  // where the intermediate states of this sequence go
   if (p.states != nullptr) {
@@ -714,8 +737,13 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
             while (load_flag(chain_flags + i) == 0) {
             }
           named_barrier(kComposing, 128);
-          compose_state<K>(composition<K>(p, seq.first_slot, head), composition_step, index, half,
-                           smem + (ring.stage + Smem::kStages - 1) % Smem::kStages * Smem::kStage, s);
+          char* const buffers = smem + (ring.stage + Smem::kStages - 1) % Smem::kStages * Smem::kStage;
+          compose_state<K>(composition<K>(p, seq.first_slot, head), composition_step, index, half, buffers, s);
+          if (index > 1) {  // M may lie where those zeros were
+            named_barrier(kComposing, 128);
+            clear_above_diagonal(buffers + Smem::kP);
+            fence_async_proxy();
+          }
           Barrier::arrive(composed);
         }
       }
@@ -778,9 +806,9 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
 #pragma unroll
       for (int k = 0; k < 4; ++k) wgmma_rs<K, Major::MN>(s, u_packed + 4 * k, advance(kr, k * 16 * kRowBytes));
       cute::warpgroup_commit_batch();
-      const uint64_t pd = descriptor_k_major(smem_address(stage + Smem::kP));
+      const uint64_t pd = descriptor_k_major_narrow(smem_address(stage + Smem::kP));
 #pragma unroll
-      for (int k = 0; k < 4; ++k) wgmma_rs<64, Major::K>(o, u_packed + 4 * k, advance(pd, k * 32));
+      for (int k = 0; k < 4; ++k) wgmma_rs<64, Major::K>(o, u_packed + 4 * k, advance(pd, k * kPTileBytes));
       cute::warpgroup_commit_batch();
       if (c > first_output) hand_over_output();
 
