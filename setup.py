@@ -32,7 +32,7 @@ def ninja_file() -> str:
     nvcc, cutlass, torch = resolve.nvcc(), resolve.cutlass(), resolve.torch()
     archs = os.environ.get("KDA_HF_CUDA_ARCHS", "90a").replace(";", " ").replace(",", " ").split()
     gencode = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
-    host = f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-ffile-prefix-map={_quoted(ROOT)}=."
+    host = f"-std=c++17 -O3 -DNDEBUG -Xcompiler -fPIC,-fvisibility=hidden,-ffile-prefix-map={_quoted(ROOT)}=."
     sources = sorted([*ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.cu")])
     lines = [
         "ninja_required_version = 1.8",
