@@ -67,6 +67,7 @@ struct PrefillParams {
   int first_sequence, sequences;
   int halves;    // 64 value channels each, that a CTA of `recurrence` carries
   int segments;  // CTAs that share a chain of chunks
+  int sharers;   // CTAs of a cluster, which copy records for each other: 2, for both halves of the value channels, or 1
   // Null, unless both kernels run side by side: for each record whether it is complete, and how far `prepare` is.
   int* ready;
   PrepareProgress* progress;

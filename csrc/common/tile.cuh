@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 #include <cutlass/arch/barrier.h>
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/copy_sm90.hpp>
@@ -135,6 +136,13 @@ __device__ __forceinline__ void load_tile(const CUtensorMap* map, uint64_t* barr
                                column, head, token, batch);
 }
 
+// threadIdx.x, read anew: where registers are scarce, the compiler would rather spill it.
+__device__ __forceinline__ int this_thread() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 // Has the 128-byte line on its way to L2.
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
@@ -153,6 +161,30 @@ __device__ __forceinline__ void bulk_stores_are_done() {
   asm volatile("fence.proxy.async;" ::: "memory");
 }
 
+// Copies to the same place in each of the cluster's first `ctas` CTAs, one or two, and tells the same barrier there.
+__device__ __forceinline__ void bulk_load(const char* source, uint64_t* barrier, char* destination, int bytes,
+                                          int ctas) {
+  if (ctas == 1) {
+    cute::SM90_BULK_COPY_G2S::copy(source, barrier, destination, bytes);
+  } else {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(smem_address(destination)),
+        "l"(source), "r"(bytes), "r"(smem_address(barrier)), "h"(uint16_t{3})
+        : "memory");
+  }
+}
+
+// A word of the shared memory of CTA `rank` of the cluster.
+__device__ __forceinline__ int load_from(const int* p, int rank) {
+  int value;
+  asm volatile("ld.shared::cluster.s32 %0, [%1];"
+               : "=r"(value)
+               : "r"(cute::set_block_rank(smem_address(p), rank))
+               : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void bulk_store(void* destination, const char* source, int bytes) {
   cute::SM90_BULK_COPY_S2G::copy(source, destination, bytes);
 }
@@ -162,6 +194,11 @@ __device__ __forceinline__ void bulk_store_commit() { cute::tma_store_arrive(); 
 // Barrier among `threads` threads, a multiple of 32; id 0 is __syncthreads.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Tells those who wait at the barrier, without waiting for them.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // A flag in global memory: who reads a value other than 0 sees what all threads wrote that the writer of it had waited for.

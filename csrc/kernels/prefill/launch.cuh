@@ -21,21 +21,24 @@ cudaError_t allow_shared_memory(int bytes) {
   return error;
 }
 
-// With `overlap`, the kernel may start while the one before it is still running (programmatic dependent launch).
+// With `overlap`, the kernel may start while the one before it is still running (programmatic dependent launch). `cluster` CTAs
+// make a cluster.
 template <auto Kernel, class... Arguments>
-cudaError_t launch(int64_t ctas, int threads, int smem_bytes, bool overlap, cudaStream_t stream,
+cudaError_t launch(int64_t ctas, int cluster, int threads, int smem_bytes, bool overlap, cudaStream_t stream,
                    const Arguments&... arguments) {
   if (cudaError_t error = allow_shared_memory<Kernel>(smem_bytes); error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(ctas));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = smem_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = overlap ? 2 : 1;
   return cudaLaunchKernelEx(&config, Kernel, arguments...);
 }
 
@@ -43,7 +46,7 @@ template <class Element, int K, Gate kGate, bool kFloatGate>
 cudaError_t launch_prepare(PrefillParams& params, const PrepareMaps& maps, cudaStream_t stream) {
   params.prepare_ctas = prepare_ctas<Element, K, kGate, kFloatGate>() * params.num_sms;
   return launch<prepare<Element, K, kGate, kFloatGate>>(params.ready == nullptr ? places(params) : params.prepare_ctas,
-                                                        kPrepareThreads, PrepareSmem<K, kFloatGate>::kBytes, false,
+                                                        1, kPrepareThreads, PrepareSmem<K, kFloatGate>::kBytes, false,
                                                         stream, params, maps);
 }
 
@@ -61,13 +64,12 @@ cudaError_t launch_prefill(PrefillParams& params, cudaStream_t stream) {
                       : params.gate == Gate::kSoftplus ? launch_prepare<Element, K, Gate::kSoftplus>(params, stream)
                                                        : launch_prepare<Element, K, Gate::kNone>(params, stream);
   if (error != cudaSuccess) return error;
-  const int64_t chains = static_cast<int64_t>(params.sequences) * params.HV;
-  if (params.halves == 2)
-    return launch<recurrence<Element, K, 2, false>>(chains, 384, RecurrenceSmem<K, 2>::kBytes, true, stream, params);
-  const int64_t ctas = chains * (params.V / 64) * params.segments;
-  return params.composed_chunks > 0
-             ? launch<recurrence<Element, K, 1, true>>(ctas, 256, RecurrenceSmem<K, 1>::kBytes, true, stream, params)
-             : launch<recurrence<Element, K, 1, false>>(ctas, 256, RecurrenceSmem<K, 1>::kBytes, true, stream, params);
+  const int parts = params.V / 64 / params.halves;
+  const int64_t ctas = static_cast<int64_t>(params.sequences) * params.HV * parts * params.segments;
+  return params.halves == 2 ? launch<recurrence<Element, K, 2>>(ctas, 1, kRecurrenceThreads,
+                                                                RecurrenceSmem<K, 2>::kBytes, true, stream, params)
+                            : launch<recurrence<Element, K, 1>>(ctas, params.sharers, kRecurrenceThreads,
+                                                                RecurrenceSmem<K, 1>::kBytes, true, stream, params);
 }
 
 }  // namespace kda

@@ -32,9 +32,10 @@ int segments_of(const PrefillParams& params, int64_t sequences) {
                                     : static_cast<int>(std::max<int64_t>(std::min(params.num_sms / ctas, chunks), 1));
 }
 
-// From here on composing pays: planning it takes some 6 µs, with steep gates as well, and a third of the time of a mild chain
-// of 128 chunks is saved.
-constexpr int kComposedSegments = 8, kComposedChain = 128;
+// CTAs and chunks of a chain from which on composing pays.
+constexpr int kComposedSegments = kLeastComposed, kComposedChain = 12;
+// Records from which on clusters of two that share them pay: clusters start late.
+constexpr int kLeastShared = 1500;
 
 // Chunks for each segment of a chain, at least, where states are composed: so few that a sequence of half the average
 // length gets all the segments that there are. 0 where no state is.
@@ -145,6 +146,8 @@ cudaError_t prefill(const PrefillParams& given, cudaStream_t stream) {
     // With few chains, more SMs serve one: 64 value channels each, and segments of its chunks.
     const int64_t chains = static_cast<int64_t>(params.sequences) * params.HV;
     params.halves = beside ? side.halves : params.V == 128 && 2 * chains > params.num_sms ? 2 : 1;
+    const bool shares = params.halves == 1 && params.V == 128 && params.slots * params.HV >= kLeastShared;
+    params.sharers = shares ? 2 : 1;
     char* room = static_cast<char*>(params.workspace) + params.slots * record_bytes(params);
     if (beside) {
       params.progress = reinterpret_cast<PrepareProgress*>(room);

@@ -119,7 +119,7 @@ struct Composition {
 };
 
 constexpr int kLeastComposed = 3;        // segments; the second of two has nothing to gain
-constexpr int kLeastComposedChunks = 4;  // for each of them on average: no pass is shorter than the ring then
+constexpr int kLeastComposedChunks = 4;  // for each of them on average: to join one takes more than a chunk
 
 // Compositions of a head, at most: a chain of n chunks has up to n / composed_chunks.
 __host__ __device__ inline int64_t compositions_for(int64_t slots, int composed_chunks) {
@@ -138,7 +138,7 @@ __device__ __forceinline__ int* flags(const PrefillParams& p, int head, int sequ
   return p.flags + (static_cast<int64_t>(head) * p.sequences + sequence) * p.segments * (p.V / 64);
 }
 
-// Chunks of a sequence whose chain is shared, at most: there is a sum for each of them in shared memory.
+// Chunks of a sequence whose chain is shared, at most: one warp of each CTA looks at all of them.
 constexpr int kMaxPlannedChunks = 16384;
 
 // The sequence that slot `slot` belongs to, if any does.

@@ -6,8 +6,9 @@
 // Roles
 //   warpgroups 0..kHalves-1   S [64 v, K] stays in fp32 accumulators; packed to fp16 it is the A operand of
 //                             Ũᵀ = Uᵀ - S Wᵀ and of Oᵀ = S Qᵀ, and Ũᵀ packed is that of S += Ũᵀ Kr and Oᵀ += Ũᵀ Pᵀ.
-//   warpgroup kHalves         warp 0 copies records into a ring; warps 1 and 2 copy the output, which they find in a tile
-//                             of shared memory for each of the other warpgroups, to `out`.
+//   warpgroup 1 (kHalves 1)   helps to compose states (below), and then is done.
+//   warpgroup 2               warp 0 copies records into a ring; warps 1 and 2 copy the output, which they find in a tile
+//                             of shared memory for each warpgroup with a state, to `out`.
 //
 // The order in which a warpgroup feeds the tensor cores (cycles at full rate, K = 128; docs/prefill_kernel.md has what
 // they take):
@@ -18,18 +19,25 @@
 // The compiler keeps products in flight only where it sees that nobody touches their registers: hence nothing is in
 // flight from one turn of the loop to the next, and the output leaves packed.
 //
-// Where SMs are left over, several CTAs share a chain: each has a segment of the chunks, and begins early enough before it
-// that what came still earlier is gone, by what `prepare` says of the decays (`plan_segment`). Where that is too early, a
-// CTA finds out what its chunks do to a state before it knows that state: S M + N, with M from the rows of the identity and
-// without U, N from zeros and with U, in passes of their own. From the M and N of all segments before comes its first state.
+// Where SMs are left over, several CTAs share a chain (kHalves 1): each has a segment of the chunks, and begins so many
+// before it, eight at most, that what came still earlier is gone, by what `prepare` says of the decays (`plan_segment`). Where
+// more would be needed, a CTA finds out what its chunks do to a state before it knows that state: S M + N. Two warpgroups do
+// that at the same time, from the same records (`carry_state`): N comes from zeros and with U, M from rows of the identity and
+// without. From the M and N of all segments before comes the CTA's first state (`compose_state`), and it goes over its chunks
+// again for the output. The first segment knows its state, and makes N alone from it: what its chunks leave. Where states
+// can't be composed, a second CTA goes through the chunks of the first, without output, and then its own.
+//
+// With many records, the CTAs of both halves of the value channels are a cluster: each copies a part of what both need into
+// the shared memory of both, and a stage is empty when both are done with it (`sharers`).
 //
 // With very many chunks and heads, `prepare` runs on other SMs meanwhile, and each record has a flag that says it is there.
 //
 // Each warp holds its 16 rows of S as S / 2^E, with E such that fp16 holds them: U / 2^E stays under 2^3, and E follows
 // the size of S every few chunks. Rows never mix, so no two warps need agree on E.
 //
-// P comes without what is 0 above its diagonal blocks; those rows of its tiles are cleared once and stay. Products that
-// leave them out would have another shape than Q Sᵀ on the same accumulators, and the compiler waits between shapes.
+// P comes without what is 0 above its diagonal blocks; those rows of its tiles are cleared once and stay, since no copy
+// comes there, nor anything else but M where states are composed. Products that leave them out would have another shape than
+// Q Sᵀ on the same accumulators, and the compiler waits between shapes.
 //
 // Shared memory (K = 128): a ring of 3 records with one half of Uᵀ (66 KB each), or of 2 whole ones (74 KB), and for each
 // warpgroup a tile of 9 KB through which the output goes, 128 bytes a token and 16 to keep rows off each other's banks.
@@ -42,6 +50,7 @@
 
 namespace kda {
 
+constexpr int kRecurrenceThreads = 384;
 constexpr int kHeadroom = 3;         // log2 of the bound on U / 2^E
 constexpr int kRescaleInterval = 8;  // chunks between two looks at the size of S
 
@@ -60,152 +69,107 @@ struct RecurrenceSmem {
   static constexpr int kTileBytes = kChunk * kTileRow;
   static constexpr int kTiles = kStages * kStage;
   static constexpr int kBarriers = kTiles + kHalves * kTileBytes;
-  static constexpr int kPlan = kBarriers + 8 * 2 * (kStages + kHalves);  // Segment
-  static constexpr int kIsFinite = kPlan + 32;                           // int [4]: a warp's state
-  static constexpr int kComposed = kIsFinite + 16;                       // a barrier: the first state is there
-  static constexpr int kBytes = kComposed + 16;
+  // full, empty [kStages]; tile_full, tile_empty [kHalves]; while M and N are made full, empty [kStages]; two more
+  static constexpr int kComposingBarriers = kBarriers + 8 * 2 * (kStages + kHalves);
+  static constexpr int kPlan = kComposingBarriers + 8 * (2 * kStages + 2);  // Segment
+  static constexpr int kIsFinite = kPlan + 16;                              // int [4]: a warp's state
+  static constexpr int kBytes = kIsFinite + 16;
 };
 
 // Chunks of one CTA: it begins at chunk `start`, and makes the output of chunks first..end-1.
 struct Segment {
   int start, first, end;
-  int composed;       // CTAs that compose the states of the chain, or 0
-  int matrix_passes;  // for as many times 64 rows of M
-  int passes;         // in all: those, then one for N unless nobody needs it, then the one that makes the output
+  int composed;  // CTAs that compose the states of the chain, or 0
 };
 
-constexpr int kPlanning = 1, kComposing = 2, kClearing = 3;  // named barriers
-constexpr int kLargestHalf = 14;                             // log2 of what M and the state it multiplies are scaled to
+constexpr int kPlanning = 1, kPublishing = 2, kComposing = 3, kClearing = 4;  // named barriers
+constexpr int kLargestHalf = 14;  // log2 of what M and the state it multiplies are scaled to
 template <int K>
 constexpr int kMatrixBuffer = Composition<K>::kMatrixBytes + 1024;  // bytes for M and its exponents in shared memory
 constexpr int kLowestExponent = -400;                               // of rows of M: what is less matters to no state
 // log2 of what may be left of a state that is taken for forgotten: 72 bits below the last one of fp32.
 constexpr float kForgotten = -96.0f;
+constexpr int kComposingCost = 8;  // fifths of a chunk, whatever the number of segments
+constexpr int kLookBack = 8;       // chunks in which a state is to be forgotten, else it is composed
 
-// What CTA `index` of the p.segments that share a chain is to do; for a whole warp. `prefix` has room for chunks + 1
-// floats.
+// What CTA `index` of the p.segments that share a chain is to do, the same for both halves of the value channels; for a whole
+// warp.
 //
-// Either a segment begins with zeros where the norms of what multiplies the state up to its first chunk have a product of
-// 2^kForgotten or less; it begins at chunk 0 where the decays are not as steep, or where a NaN or an infinity has come up
-// before (their sum is a NaN then). If that makes a CTA late, fewer share the chain: the rest of them find nothing to do.
+// Where each segment begins, a few chunks are enough to forget what came before, if the norms of what multiplies the state
+// in them have a product of 2^kForgotten or less: the segment begins that much earlier, with zeros. Or states are
+// composed. Where a NaN or an infinity has come up in the sequence, or there are too few CTAs or chunks, two CTAs share
+// the chain, and the second goes through all of the first's chunks.
 //
-// Or states are composed. The CTAs of both halves of the value channels need each other for that, so that what decides is
-// the same for both: never `from_the_start`, which says whether this half's initial state is not finite.
-template <bool kCompose>
-__device__ __forceinline__ Segment plan_segment(const PrefillParams& p, const Sequence& seq, int head, int part,
-                                                int index, bool from_the_start, float* prefix) {
-  const int lane = threadIdx.x & 31, chunks = chunks_of(seq.length), parts = p.V / 64;
-  // The sums for two halves, which differ only where one of them is a NaN. Returns that of all chunks.
-  const auto add_up = [&](int half, int other_half) {
-    const float* const a = retention(p, half, head) + seq.first_slot;
-    const float* const b = retention(p, other_half, head) + seq.first_slot;
-    float sum = 0.0f;
-    constexpr int kLoads = kCompose ? 4 : 1;  // in flight: long chains
-    for (int base = 0; base < chunks; base += 32 * kLoads) {
-      float x[kLoads], y[kLoads];
+// Kept short: it runs once, and its instructions come from DRAM.
+__device__ __forceinline__ Segment plan_segment(const PrefillParams& p, const Sequence& seq, int head, int index,
+                                                bool rehearses) {
+  const int lane = threadIdx.x & 31, chunks = chunks_of(seq.length), readable = rehearses ? 0 : chunks;
+  // These differ only where one of them is a NaN.
+  const float* const a = retention(p, 0, head) + seq.first_slot;
+  const float* const b = retention(p, p.V / 64 - 1, head) + seq.first_slot;
+  const int length = (chunks + p.segments - 1) / p.segments;
+  constexpr int kLoads = 2;  // at a time
+  float x[kLoads], y[kLoads];
+  const auto load = [&](int c) {
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int at = base + 32 * i + lane;
-        x[i] = at < chunks ? __ldcg(a + at) : 0.0f;
-        y[i] = kCompose && at < chunks ? __ldcg(b + at) : x[i];
-      }
+    for (int i = 0; i < kLoads; ++i) {
+      x[i] = c + 32 * i < readable ? __ldcg(a + c + 32 * i) : 0.0f;
+      y[i] = c + 32 * i < readable ? __ldcg(b + c + 32 * i) : 0.0f;
+    }
+  };
+  load(lane);                 // before the others, so that they wait together
+  int farthest = 0, own = 0;  // chunks to go back
+  for (int i = 1 + lane; i * length < chunks; i += 32) {
+    const int first = i * length;
+    float left[kLookBack];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int at = base + 32 * i + lane;
-        if (base + 32 * i >= chunks) break;
-        float scan = kCompose ? max_or_nan(x[i], y[i]) : x[i];
+    for (int j = 0; j < kLookBack; ++j)
+      left[j] = first - 1 - j >= 0 && first < readable ? __ldcg(a + first - 1 - j) : 0.0f;
 #pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-          const float other = __shfl_up_sync(0xffffffffu, scan, step);
-          if (lane >= step) scan += other;
-        }
-        if (at < chunks) prefix[at + 1] = sum + scan;
-        sum += __shfl_sync(0xffffffffu, scan, 31);
-      }
-    }
-    if (lane == 0) prefix[0] = 0.0f;
-    __syncwarp();
-    return sum;
-  };
-
-  bool whole_history = false;
-  const auto start_for = [&](int first) {
-    if (whole_history || !(prefix[first] - prefix[0] <= kForgotten)) return 0;
-    int lo = 0, hi = first;  // enough is forgotten from lo on, and not from hi on
-    while (hi - lo > 1) {
-      const int middle = (lo + hi) / 2;
-      (prefix[first] - prefix[middle] <= kForgotten ? lo : hi) = middle;
-    }
-    return lo;
-  };
-  // The time of the slowest of `count` CTAs, in fifths of a chunk with output. Chunks without are faster unless many CTAs
-  // read them, which L2 limits.
-  const auto cost_of = [&](int count) {
-    const int length = (chunks + count - 1) / count, before = count > 2 ? 5 : 4;
-    int cost = 0;
-    for (int i = lane; i < count; i += 32) {
-      const int first = min(i * length, chunks), end = min(first + length, chunks);
-      if (end > first) cost = max(cost, (first - start_for(first)) * before + (end - first) * 5);
-    }
-    return static_cast<int>(__reduce_max_sync(0xffffffffu, static_cast<unsigned>(cost)));
-  };
-  int count, best;
-  const auto choose_count = [&]() {
-    count = 1;
-    best = 5 * chunks;
-    for (int candidate : {2, p.segments}) {
-      if (candidate > p.segments) continue;
-      const int cost = cost_of(candidate);
-      if (cost < best) {
-        best = cost;
-        count = candidate;
-      }
-    }
-  };
-
-  bool are_finite = false;
-  if constexpr (kCompose) {
-    are_finite = magnitude_bits(add_up(0, parts - 1)) < 0x7f800000u;
-  } else {
-    add_up(part, part);
+    for (int j = 1; j < kLookBack; ++j) left[j] += left[j - 1];
+    int back = kLookBack + 1;
+#pragma unroll
+    for (int j = kLookBack - 1; j >= 0; --j)
+      if (left[j] <= kForgotten) back = j + 1;
+    back = min(back, first);  // where the initial state is
+    farthest = max(farthest, back);
+    if (i == index) own = back;
   }
-  if (kCompose && are_finite) {
-    choose_count();
-    // Composed, the first segment goes over its chunks twice, and those after it as often as M takes besides, in the CTA
-    // that has the most rows of it: so the first is longer. (The last one has no M and N to make, but has to wait for those
-    // of the others.) Joining them is a sixth part for each.
-    const int groups = p.K / 64, passes = (groups + parts - 1) / parts;
-    const int first_cost = 4 + 5, cost = 4 * (passes + 1) + 5;
-    const auto first_length = [&](int count) { return chunks * cost / (first_cost * (count - 1) + cost); };
-    const int most = p.composed_chunks > 0 ? min(min(p.segments, chunks / p.composed_chunks), 1023) : 0;
-    unsigned least = static_cast<unsigned>(best) << 10;
+  farthest = __reduce_max_sync(0xffffffffu, static_cast<unsigned>(farthest));
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int c = lane; c - lane < chunks; load(c += 32 * kLoads))
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) sum += x[i] + y[i];
+  const bool are_finite = __all_sync(0xffffffffu, magnitude_bits(sum) < 0x7f800000u);
+
+  // The time of the slowest CTA, in fifths of a chunk with output, and which way it is: 0 for two that share the chain, 1
+  // for segments that forget, or as many as compose. A chunk without output takes 4, with rows of M beside it 5. Composed,
+  // the first segment has no M and is longer; joining takes more than a chunk for each segment before.
+  const auto first_length = [&](int n) { return 14 * chunks / (10 * n + 4); };
+  const int half = (chunks + 1) / 2;
+  unsigned least = static_cast<unsigned>(9 * half) << 10;
+  if (are_finite && farthest <= kLookBack)
+    least = min(least, static_cast<unsigned>(4 * farthest + 5 * length) << 10 | 1);
+  if (are_finite && p.composed_chunks > 0) {
+    const int most = min(min(p.segments, chunks / p.composed_chunks), 1023);
     for (int n = kLeastComposed + lane; n <= most; n += 32) {
-      const int first = first_length(n), others = (chunks - first + n - 2) / (n - 1);
-      const int slowest = max(first * first_cost, others * cost) + 6 * (n - 2) + 6;
-      least = min(least, static_cast<unsigned>(slowest) << 10 | static_cast<unsigned>(n));
+      const int others = (chunks - first_length(n) + n - 2) / (n - 1);
+      least = min(least, static_cast<unsigned>(10 * others + 6 * n + kComposingCost) << 10 | static_cast<unsigned>(n));
     }
     least = __reduce_min_sync(0xffffffffu, least);
-    if (const int n = least & 1023; n > 0) {
-      const int length = first_length(n);
-      const auto first_of = [&](int i) {
-        return i == 0 ? 0 : i >= n ? chunks : length + (chunks - length) * (i - 1) / (n - 1);
-      };
-      const bool has_matrix = index > 0 && index < n - 1;
-      const int matrix_passes = has_matrix ? (groups - part + parts - 1) / parts : 0;
-      return {first_of(index),     first_of(index),
-              first_of(index + 1), n,
-              matrix_passes,       matrix_passes + (index < n - 1 ? 2 : 1)};
-    }
-  } else if (kCompose && parts > 1) {
-    add_up(part, part);
   }
-  if (!are_finite || from_the_start) {
-    whole_history = from_the_start;
-    choose_count();
+  own = __reduce_max_sync(0xffffffffu, static_cast<unsigned>(own));
+  if (const int n = least & 1023; n > 1) {
+    const int longer = first_length(n);
+    const auto first_of = [&](int i) {
+      return i == 0 ? 0 : i >= n ? chunks : longer + (chunks - longer) * (i - 1) / (n - 1);
+    };
+    return {first_of(index), first_of(index), first_of(index + 1), n};
   }
-  const int length = max((chunks + count - 1) / count, 1);
-  const int first = min(index * length, chunks), end = min(first + length, chunks);
-  return {first < end ? start_for(first) : end, first, end, 0, 0, 1};
+  const bool forgets = (least & 1023) == 1;
+  const int run = forgets ? length : half, first = min(index * run, chunks), end = min(first + run, chunks);
+  return {first == end ? end : forgets ? first - own : 0, first, end, 0};
 }
 
 // A place in a ring and the parity of its barriers' phase.
@@ -320,6 +284,16 @@ __device__ __forceinline__ void scale_by_power(float (&s)[N], int by) {
   for (int i = 0; i < N; ++i) s[i] = s[i] * factor * factor2;
 }
 
+// Scales this warp's rows of a state for fp16 and returns their exponent.
+template <size_t N>
+__device__ __forceinline__ int set_exponent(float (&s)[N]) {
+  const uint32_t bits = largest_magnitude(s);
+  if (bits == 0) return -200;
+  const int exponent = exponent_of(bits) - kHeadroom;
+  scale_by_power(s, -exponent);
+  return exponent;
+}
+
 // Writes this warp's rows of the 64 from 64 * `group` on of M, 2^exponent times `s`, which is overwritten.
 template <int K>
 __device__ __forceinline__ void store_matrix(char* composition, int group, float (&s)[K / 2], int exponent) {
@@ -427,12 +401,133 @@ __device__ __forceinline__ void compose_state(char* first, int64_t step, int cou
   }
 }
 
+// The exponent that rows of a state, 2^exponent times what registers of size `bits` hold, are to have: `wanted` at least, for
+// what is added to them. `bits` is 0 where nobody has looked.
+__device__ __forceinline__ int next_exponent_of(int exponent, uint32_t bits, int wanted) {
+  int next = exponent;
+  if (bits != 0) {
+    const int size = exponent + exponent_of(bits) - kHeadroom;
+    // Not at every small change: a little off either way is within fp16's range.
+    if (size >= exponent + 7 || (size <= exponent - 8 && wanted <= exponent - 8)) next = size;
+  }
+  return max(next, wanted);
+}
+
+// What U / 2^u_exponent needs of the state's exponent: U is 2^(15 + u_exponent) at most.
+__device__ __forceinline__ int wanted_exponent(int u_exponent) { return u_exponent + 15 - kHeadroom; }
+
+// This thread's share of Uᵀ, times `factor`, in the order of accumulators.
+__device__ __forceinline__ void load_u(const char* from, float factor, float (&u)[32]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint4 r = reinterpret_cast<const uint4*>(from)[i * 128 + threadIdx.x % 128];
+    const uint32_t pairs[4] = {r.x, r.y, r.z, r.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 x = unpack<__half>(pairs[j]);
+      u[8 * i + 2 * j] = x.x * factor;
+      u[8 * i + 2 * j + 1] = x.y * factor;
+    }
+  }
+}
+
+// The decays of this thread's columns of a state over a chunk.
+template <int K>
+__device__ __forceinline__ void load_decay(const char* record, float (&decay)[K / 4]) {
+#pragma unroll
+  for (int i = 0; i < K / 16; ++i) {
+    const float4 d = reinterpret_cast<const float4*>(record + Record<K>::kDecay)[4 * i + (threadIdx.x & 3)];
+    decay[4 * i] = d.x;
+    decay[4 * i + 1] = d.y;
+    decay[4 * i + 2] = d.z;
+    decay[4 * i + 3] = d.w;
+  }
+}
+
+template <int K>
+__device__ __forceinline__ void decay_state(const float (&decay)[K / 4], float (&s)[K / 2]) {
+#pragma unroll
+  for (int i = 0; i < K / 8; ++i) {
+    s[4 * i] *= decay[2 * i];
+    s[4 * i + 1] *= decay[2 * i + 1];
+    s[4 * i + 2] *= decay[2 * i];
+    s[4 * i + 3] *= decay[2 * i + 1];
+  }
+}
+
 // Zeros in the rows of P's tiles that no record brings; for a whole warpgroup.
 __device__ __forceinline__ void clear_above_diagonal(char* p) {
 #pragma unroll
   for (int j = 1; j < kChunk / kBlock; ++j)
     if (threadIdx.x % 128 < j * kBlock * kNarrowRowBytes / 16)
       reinterpret_cast<uint4*>(p + j * kPTileBytes)[threadIdx.x % 128] = uint4{};
+}
+
+// One arrival for all of a warp, at this barrier in each of the cluster's first `ctas` CTAs.
+__device__ __forceinline__ void arrive_at(uint64_t* barrier, int ctas) {
+  __syncwarp();
+  const int lane = threadIdx.x & 31;
+  Barrier::arrive(barrier, lane, lane < ctas);
+}
+
+// Carries 64 rows, 2^exponent times `s`, through the next `chunks` records of the ring, without output and with U
+// (`has_u`), or 0 instead. Two warpgroups do this at the same time, one for N and one for M, so that this one's products
+// can wait for its loads.
+template <int K>
+__device__ __forceinline__ void carry_state(const char* ring_stages, uint64_t* full, uint64_t* empty, int ctas,
+                                            int chunks, bool has_u, int half,
+                                            RingPosition<RecurrenceSmem<K, 1>::kStages>& ring, float (&s)[K / 2],
+                                            int& exponent) {
+  using In = Record<K>;
+  const int warp = threadIdx.x / 32 % 4;
+  uint32_t bits = 0;
+#pragma unroll 1
+  for (int c = 0; c < chunks; ++c) {
+    const char* const stage = ring_stages + ring.stage * RecurrenceSmem<K, 1>::kStage;
+    Barrier::wait(full + ring.stage, ring.phase);
+    const int u_exponent = reinterpret_cast<const int*>(stage + In::kExponents)[4 * half + warp];
+    const int next = next_exponent_of(exponent, bits, has_u ? wanted_exponent(u_exponent) : kLowestExponent);
+    if (next != exponent) scale_by_power(s, exponent - next);
+    exponent = next;
+    float u[32];
+    if (has_u) {
+      load_u(stage + In::kU, power_of_two(u_exponent - next), u);
+    } else {
+      set_to_zero(u);
+    }
+    uint32_t s_packed[K / 4];
+#pragma unroll
+    for (int i = 0; i < K / 4; ++i) s_packed[i] = pack<__half>(s[2 * i], s[2 * i + 1]);
+    float decay[K / 4];
+    load_decay<K>(stage, decay);
+    const uint64_t w = descriptor_k_major(smem_address(stage + In::kW));
+    fence_registers(u);
+    fence_registers(s_packed);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int k = 0; k < K / 16; ++k)
+      wgmma_rs<64, Major::K, ScaleIn::Neg>(u, s_packed + 4 * k, advance(w, k / 4 * kHalfBytes + k % 4 * 32));
+    cute::warpgroup_commit_batch();
+    decay_state<K>(decay, s);
+    fence_registers(s);
+    cute::warpgroup_wait<0>();
+    fence_registers(u);
+    uint32_t u_packed[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) u_packed[i] = pack<__half>(u[2 * i], u[2 * i + 1]);
+    const uint64_t kr = descriptor_mn_major(smem_address(stage + In::kKr));
+    fence_registers(s);
+    fence_registers(u_packed);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) wgmma_rs<K, Major::MN>(s, u_packed + 4 * k, advance(kr, k * 16 * kRowBytes));
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<0>();
+    fence_registers(s);
+    arrive_at(empty + ring.stage, ctas);
+    ring.next();
+    bits = c % kRescaleInterval == kRescaleInterval - 1 ? largest_magnitude(s) : 0;
+  }
 }
 
 // Warp `warp` of those that take the output of 64 value channels from its tile to global memory, chunk after chunk.
@@ -486,17 +581,19 @@ __device__ __forceinline__ int wait_until_ready(const PrefillParams& p, int firs
   return min(c + (missing == 0 ? 32 : __ffs(missing) - 1), end);
 }
 
-// kCompose: whether CTAs that share a chain may compose its states.
-template <class Element, int K, int kHalves, bool kCompose>
-__global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __grid_constant__ PrefillParams p) {
+template <class Element, int K, int kHalves>
+__global__ void __launch_bounds__(kRecurrenceThreads, 1) recurrence(const __grid_constant__ PrefillParams p) {
   using Smem = RecurrenceSmem<K, kHalves>;
   using In = Record<K>;
-  constexpr int kThreads = 128 * (kHalves + 1);
   extern __shared__ __align__(1024) char smem[];
   uint64_t* const full = reinterpret_cast<uint64_t*>(smem + Smem::kBarriers);
   uint64_t* const empty = full + Smem::kStages;
   uint64_t* const tile_full = empty + Smem::kStages;
   uint64_t* const tile_empty = tile_full + kHalves;
+  uint64_t* const composing_full = reinterpret_cast<uint64_t*>(smem + Smem::kComposingBarriers);
+  uint64_t* const composing_empty = composing_full + Smem::kStages;
+  uint64_t* const drained = composing_empty + Smem::kStages;  // M and N are made
+  uint64_t* const composed = drained + 1;                     // the first state is there
 
   const int warpgroup = cutlass::canonical_warp_group_idx();
   const int parts = p.V / 64 / kHalves, segments = kHalves == 1 ? p.segments : 1;
@@ -506,36 +603,56 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
   const int chunks = chunks_of(seq.length);
   Segment* const plan = reinterpret_cast<Segment*>(smem + Smem::kPlan);
   int* const is_finite = reinterpret_cast<int*>(smem + Smem::kIsFinite);  // [4]
-  uint64_t* const composed = reinterpret_cast<uint64_t*>(smem + Smem::kComposed);
-  Segment segment{0, 0, chunks, 0, 0, 1};
+  Segment segment{0, 0, chunks, 0};
+  // CTAs of a cluster that share their records, each of which copies a part of them for both: one for each half of the value
+  // channels.
+  const int sharers = kHalves == 1 ? p.sharers : 1;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < Smem::kStages; ++i) {
       Barrier::init(full + i, 1);
-      Barrier::init(empty + i, 128 * kHalves);
+      Barrier::init(empty + i, 4 * kHalves * sharers);
+      Barrier::init(composing_full + i, 1);
+      Barrier::init(composing_empty + i, 8 * sharers);
     }
     for (int i = 0; i < kHalves; ++i) {
       Barrier::init(tile_full + i, 128);
       Barrier::init(tile_empty + i, Smem::kStoreWarps);
     }
-    Barrier::init(composed, 128);
+    Barrier::init(drained, 8 * sharers);
+    Barrier::init(composed, 4 * sharers);
     cutlass::arch::fence_barrier_init();
   }
-  __syncthreads();
+  sharers == 2 ? cute::cluster_sync() : __syncthreads();
 
-  if (warpgroup == kHalves) {  // ---------------------------------------------------------------------------- copies
+  // How often the records of this segment are read to find out M and N, if they are: 64 rows of M at a time, shared out over
+  // the halves of the value channels. For the first segment N alone, from the initial state.
+  const auto composing_passes = [&]() {
+    if (kHalves == 2 || index + 1 >= segment.composed) return 0;
+    return index == 0 ? 1 : (K / 64 + parts - 1) / parts;
+  };
+
+  if (warpgroup == 2) {  // ------------------------------------------------------------------------------------ copies
     cutlass::arch::warpgroup_reg_dealloc<40>();
-    const int warp = cutlass::canonical_warp_idx_sync() - 4 * kHalves, lane = threadIdx.x & 31;
-    if (warp == 0 && (kCompose || p.ready == nullptr)) wait_for_previous_kernel();
+    const int warp = cutlass::canonical_warp_idx_sync() - 8, lane = threadIdx.x & 31;
+    if (warp == 0) {
+      // Planned twice: the first time while `prepare` is still at work, so that the instructions have come from DRAM.
+#pragma unroll 1
+      for (bool rehearses = segments > 1;; rehearses = false) {
+        if (!rehearses && p.ready == nullptr) wait_for_previous_kernel();
+        if (segments > 1) segment = plan_segment(p, seq, head, index, rehearses);
+        if (!rehearses) break;
+      }
+    }
     if (segments > 1) {
-      named_barrier(kPlanning, kThreads);  // the initial state has been looked at
+      cute::cluster_sync();  // the initial states have been looked at
       if (warp == 0) {
-        const bool all_finite = is_finite[0] && is_finite[1] && is_finite[2] && is_finite[3];
-        segment = plan_segment<kCompose>(p, seq, head, part, index, !all_finite, reinterpret_cast<float*>(smem));
-        fence_async_proxy();  // the sums lie where records will be copied to
+        // Where one is to start with zeros, but the initial state of either half is not finite, both start with that.
+        const int finite = lane < 4 * sharers ? load_from(is_finite + lane % 4, lane / 4) : 1;
+        if (!__all_sync(0xffffffffu, finite) && segment.composed == 0 && segment.first < segment.end) segment.start = 0;
         if (lane == 0) *plan = segment;
       }
-      named_barrier(kPlanning, kThreads);
+      named_barrier(kPlanning, kRecurrenceThreads);
       segment = *plan;
     }
     if (warp > 0) {
@@ -545,85 +662,168 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
                                   smem);
       return;
     }
-    if (kCompose && lane != 0) return;
+    // Bytes of a record that this CTA copies for all that share it, W and Q or the rest: of what comes before U, and of Q with
+    // P's first tile behind it. Each has its own half of U.
+    const int state_from = sharers == 2 && part == 1 ? In::kKr : 0,
+              state_to = sharers == 2 && part == 0 ? In::kKr : In::kU;
+    const int output_from = sharers == 2 && part == 1 ? In::kP : In::kQ,
+              output_to = sharers == 2 && part == 0 ? In::kP : In::kP + p_tile(1);
+    const bool copies_p = sharers == 1 || part == 1;
+    const auto copy_state_part = [&](const char* in, uint64_t* barrier, char* to) {
+      bulk_load(in + state_from, barrier, to + state_from, state_to - state_from, sharers);
+      bulk_load(in + In::kU + part * In::kUHalfBytes, barrier, to + In::kU, In::kUHalfBytes, 1);
+    };
+    if (const int passes = composing_passes(); passes > 0) {
+      if (lane == 0) {
+        RingPosition<Smem::kStages> ring;
+#pragma unroll 1
+        for (int pass = 0; pass < passes; ++pass)
+#pragma unroll 1
+          for (int c = segment.first; c < segment.end; ++c) {
+            if (pass == 0 && c == segment.first + 2) Barrier::wait(composing_full, 0);
+            Barrier::wait(composing_empty + ring.stage, ring.phase ^ 1);
+            TransactionBarrier::arrive_and_expect_tx(composing_full + ring.stage, Smem::kQ);
+            copy_state_part(record<K>(p, seq.first_slot + c, head), composing_full + ring.stage,
+                            smem + ring.stage * Smem::kStage);
+            ring.next();
+          }
+        Barrier::wait(drained, 0);
+      }
+      __syncwarp();
+    }
     RingPosition<Smem::kStages> ring;
     int ready = p.ready == nullptr ? segment.end : segment.start;  // chunks before it are there
-    for (int pass = 0; pass < (kCompose ? segment.passes : 1); ++pass) {
-      const bool is_last_pass = !kCompose || pass == segment.passes - 1,
-                 has_u = !kCompose || pass >= segment.matrix_passes;
-      for (int c = segment.start; c < segment.end; ++c) {
-        if constexpr (!kCompose) {
-          if (c >= ready) ready = wait_until_ready(p, seq.first_slot, head, c, segment.end);
-          if (lane != 0) continue;
-        }
-        const bool has_output = is_last_pass && c >= segment.first;
-        const char* in = record<K>(p, seq.first_slot + c, head);
-        char* to = smem + ring.stage * Smem::kStage;
-        uint64_t* barrier = full + ring.stage;
-        // The last stage of the ring that this pass comes to is where the first state is composed.
-        if (kCompose && segment.composed > 0 && is_last_pass && index > 0 && c == segment.first + Smem::kStages - 1)
-          Barrier::wait(composed, 0);
-        Barrier::wait(empty + ring.stage, ring.phase ^ 1);
-        TransactionBarrier::arrive_and_expect_tx(barrier, has_output ? Smem::kCopiedBytes : has_u ? Smem::kQ : In::kU);
-        const auto copy = [&](int from, int at, int bytes) {
-          cute::SM90_BULK_COPY_G2S::copy(in + from, barrier, to + at, bytes);
-        };
-        if constexpr (kHalves == 1) {
-          copy(0, 0, In::kU);
-          if (has_u) copy(In::kU + part * In::kUHalfBytes, In::kU, In::kUHalfBytes);
-        }
-        if (has_output) {  // P's first tile with what is before it, the last one with what is behind it
-          constexpr int kBefore = kHalves == 1 ? In::kMatrixBytes : In::kP;
-          copy(In::kP - kBefore, Smem::kP - kBefore, kBefore + p_tile(1));
-#pragma unroll
-          for (int j = 1; j < kChunk / kBlock; ++j) {
-            const int from = In::kP + p_tile(j), end = In::kP + p_tile(j + 1);
-            copy(from, Smem::kP + j * (kPTileBytes + kBlock * kNarrowRowBytes),
-                 (end < In::kScale ? end : In::kScale + kChunk * 4) - from);
-          }
-        }
-        ring.next();
+    for (int c = segment.start; c < segment.end; ++c) {
+      if (c >= ready) ready = wait_until_ready(p, seq.first_slot, head, c, segment.end);
+      if (lane != 0) continue;
+      const bool has_output = c >= segment.first;
+      const char* in = record<K>(p, seq.first_slot + c, head);
+      char* to = smem + ring.stage * Smem::kStage;
+      uint64_t* barrier = full + ring.stage;
+      // The last stage of the ring is where the first state is composed: its zeros are there again, too.
+      if (kHalves == 1 && segment.composed > 0 && index > 0 && c == segment.first + Smem::kStages - 1)
+        Barrier::wait(composed, 0);
+      // Not all at once in the beginning, when all CTAs wait for their first one.
+      if (Smem::kStages > 2 && c == segment.start + 2) Barrier::wait(full, 0);
+      Barrier::wait(empty + ring.stage, ring.phase ^ 1);
+      TransactionBarrier::arrive_and_expect_tx(barrier, has_output ? Smem::kCopiedBytes : Smem::kQ);
+      if constexpr (kHalves == 2) {
+        bulk_load(in, barrier, to, In::kP + p_tile(1), 1);
+      } else {
+        copy_state_part(in, barrier, to);
+        if (has_output)
+          bulk_load(in + output_from, barrier, to + output_from - Smem::kSkipped, output_to - output_from, sharers);
       }
+      if (has_output && copies_p) {  // P's other tiles, the last one with what is behind it
+#pragma unroll
+        for (int j = 1; j < kChunk / kBlock; ++j) {
+          const int tile = In::kP + p_tile(j), end = In::kP + p_tile(j + 1);
+          bulk_load(in + tile, barrier, to + Smem::kP + j * (kPTileBytes + kBlock * kNarrowRowBytes),
+                    (end < In::kScale ? end : In::kScale + kChunk * 4) - tile, sharers);
+        }
+      }
+      ring.next();
     }
     // This kernel ends after `prepare`, for those who wait for this one.
-    if (!kCompose && p.ready != nullptr && blockIdx.x == gridDim.x - 1) wait_for_previous_kernel();
+    if (p.ready != nullptr && blockIdx.x == gridDim.x - 1) wait_for_previous_kernel();
     return;
   }
 
   // ------------------------------------------------------------------------------------------------------------ state
-  cutlass::arch::warpgroup_reg_alloc<kHalves == 1 ? 240 : 232>();
+  cutlass::arch::warpgroup_reg_alloc<232>();
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread & 31, t = lane & 3;
+  const int64_t composition_step =
+      static_cast<int64_t>(p.HV) * Composition<K>::bytes(p.V);  // from a segment to the next
+  char* const first_composition = p.composed_chunks > 0 ? composition<K>(p, seq.first_slot, head) : nullptr;
+  float s[K / 2];
+  int exponent;  // S is 2^exponent times what the registers hold
+
   const int half = part * kHalves + warpgroup;  // which 64 value channels
   const int first_row = 64 * half + 16 * warp;
   const int64_t matrix_size = static_cast<int64_t>(K) * p.V;
   const int64_t matrix = (static_cast<int64_t>(n) * p.HV + head) * matrix_size;
   char* const tile = smem + Smem::kTiles + warpgroup * Smem::kTileBytes;
-  const int64_t composition_step =
-      static_cast<int64_t>(p.HV) * Composition<K>::bytes(p.V);  // from a segment to the next
-  int* const chain_flags = flags(p, head, n - p.first_sequence);
   static_assert(kHalves == 2 || 2 * kMatrixBuffer<K> <= Smem::kStage);
 
-  float s[K / 2];
-  int exponent = -200;  // S is 2^exponent times what the registers hold
+  const bool carries_state = kHalves == 2 || warpgroup == 0;  // else helps with M only
   const auto load_initial_state = [&]() {
-    if (p.initial_state != nullptr) {
+    if (carries_state && p.initial_state != nullptr) {
       load_state<K>(p, p.initial_state, matrix, first_row, s);
     } else {
       set_to_zero(s);
     }
   };
-  load_initial_state();
-  uint32_t bits = largest_magnitude(s);
-  if (segments > 1) {
-    if (lane == 0) is_finite[warp] = exponent_of(bits) < 128;
-    named_barrier(kPlanning, kThreads);
-    named_barrier(kPlanning, kThreads);
-    segment = *plan;
-  }
+  // What this segment's chunks do to any state: N by the first warpgroup, from zeros, and M by the second.
+  const auto make_composition = [&]() {
+    RingPosition<RecurrenceSmem<K, 1>::kStages> ring;
+    char* const to = first_composition + index * composition_step;
+    for (int pass = 0; pass < composing_passes(); ++pass) {
+      const int group = part + pass * parts, row = 64 * group + 16 * warp + (lane >> 2);
+      const int count = segment.end - segment.first;
+      if (index == 0 && warpgroup == 1) {
+        for (int c = 0; c < count; ++c, ring.next()) {
+          Barrier::wait(composing_full + ring.stage, ring.phase);
+          arrive_at(composing_empty + ring.stage, sharers);
+        }
+        break;
+      }
+      if (index > 0) {
 #pragma unroll
-  for (int i = 0; i < Smem::kStages; ++i) clear_above_diagonal(smem + i * Smem::kStage + Smem::kP);
-  fence_async_proxy();
-  named_barrier(kClearing, 128 * kHalves);
+        for (int i = 0; i < K / 2; ++i)
+          s[i] = warpgroup == 1 && row + (i >> 1 & 1) * 8 == 8 * (i >> 2) + 2 * t + (i & 1) ? 1.0f : 0.0f;
+      }
+      exponent = set_exponent(s);
+      carry_state<K>(smem, composing_full, composing_empty, sharers, count, warpgroup == 0, part, ring, s, exponent);
+      if (warpgroup == 0) {
+        store_rows<K>(to, part, s, exponent);  // in every pass the same
+      } else if (group < K / 64) {
+        store_matrix<K>(to, group, s, exponent);
+      }
+    }
+    arrive_at(drained, sharers);
+    // The first segment needs the initial state once more, before the last one, which waits for the first, may overwrite it.
+    if (index == 0) load_initial_state();
+    named_barrier(kPublishing, 256);
+  };
+
+  int* const chain_flags = flags(p, head, n - p.first_sequence);
+  load_initial_state();
+  if (carries_state) {  // while the state is on its way; no copy touches these rows, of whichever CTA
+#pragma unroll
+    for (int i = 0; i < Smem::kStages; ++i) clear_above_diagonal(smem + i * Smem::kStage + Smem::kP);
+    fence_async_proxy();
+    named_barrier(kClearing, 128 * kHalves);
+  }
+  if (segments > 1) {
+    const bool finite = exponent_of(largest_magnitude(s)) < 128;
+    if (carries_state && lane == 0) is_finite[warp] = finite;
+    cute::cluster_sync();
+    named_barrier(kPlanning, kRecurrenceThreads);
+    segment = *plan;
+    if (segment.start > 0) set_to_zero(s);
+  }
+  if constexpr (kHalves == 1) {
+    const bool makes_composition = composing_passes() > 0;
+    if (makes_composition) make_composition();
+    if (!carries_state) return;
+    if (makes_composition && thread == 0) set_flag(chain_flags + index * parts + part);
+    if (index > 0 && index < segment.composed) {
+      // CTAs begin in the order of their numbers, and those that this one waits for have lower ones: nobody waits for
+      // one that finds no place to run.
+      for (int i = thread; i < index * parts; i += 128)
+        while (load_flag(chain_flags + i) == 0) {
+        }
+      named_barrier(kComposing, 128);
+      char* const buffers = smem + (Smem::kStages - 1) * Smem::kStage;
+      compose_state<K>(first_composition, composition_step, index, half, buffers, s);
+      if (index > 1) {  // M may lie where those zeros were
+        named_barrier(kComposing, 128);
+        clear_above_diagonal(buffers + Smem::kP);
+        fence_async_proxy();
+      }
+      arrive_at(composed, sharers);
+    }
+  }
 
   int64_t states_at = 0;  // where the intermediate states of this sequence go
   if (p.states != nullptr) {
@@ -635,33 +835,26 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
     states_at = (static_cast<int64_t>(before) * p.HV + head) * matrix_size;
   }
 
-  float u[32], o[32];
-  int next_exponent = exponent;  // for the chunk that `u` belongs to
-  bool has_u = true;             // else `u` is zero
+  float u[32], o[32], decay[K / 4];
+  uint32_t s_packed[K / 4];
+  int next_exponent;  // for the chunk that `u` belongs to
 
   // Uᵀ of a chunk as accumulators, and the exponent that it asks for.
-  const auto load_u = [&](const char* stage, uint32_t state_bits) {
+  const auto load_next_u = [&](const char* stage, uint32_t state_bits) {
     const int u_exponent = reinterpret_cast<const int*>(stage + In::kExponents)[4 * half + warp];
-    int wanted = has_u ? u_exponent + 15 - kHeadroom : kLowestExponent;  // U is 2^(15 + u_exponent) at most
-    next_exponent = exponent;
-    if (state_bits != 0) {
-      int size = exponent + exponent_of(state_bits) - kHeadroom;
-      // Not at every small change: a little off either way is within fp16's range.
-      if (size >= exponent + 7 || (size <= exponent - 8 && wanted <= exponent - 8)) next_exponent = size;
+    next_exponent = next_exponent_of(exponent, state_bits, wanted_exponent(u_exponent));
+    load_u(stage + In::kU + (kHalves == 2 ? warpgroup * In::kUHalfBytes : 0), power_of_two(u_exponent - next_exponent),
+           u);
+  };
+
+  // S as operand, in the units of the chunk to come.
+  const auto pack_state = [&]() {
+    if (next_exponent != exponent) {
+      scale_by_power(s, exponent - next_exponent);
+      exponent = next_exponent;
     }
-    next_exponent = max(next_exponent, wanted);
-    const float factor = power_of_two(u_exponent - next_exponent);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint4 r = reinterpret_cast<const uint4*>(stage + In::kU + warpgroup * In::kUHalfBytes)[i * 128 + thread];
-      const uint32_t pairs[4] = {r.x, r.y, r.z, r.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float2 x = unpack<__half>(pairs[j]);
-        u[8 * i + 2 * j] = x.x * factor;
-        u[8 * i + 2 * j + 1] = x.y * factor;
-      }
-    }
+    for (int i = 0; i < K / 4; ++i) s_packed[i] = pack<__half>(s[2 * i], s[2 * i + 1]);
   };
 
   // The output of the chunk before, transposed into the tile.
@@ -678,184 +871,94 @@ __global__ void __launch_bounds__(128 * (kHalves + 1), 1) recurrence(const __gri
     Barrier::arrive(tile_full + warpgroup);
   };
 
-  // The decays of this thread's columns of S over a chunk. Loaded while the tensor cores, which have the first say in
-  // shared memory, are idle.
-  float decay[K / 4];
-  const auto load_decay = [&](const char* stage) {
-#pragma unroll
-    for (int i = 0; i < K / 16; ++i) {
-      float4 d = reinterpret_cast<const float4*>(stage + In::kDecay)[4 * i + t];
-      decay[4 * i] = d.x;
-      decay[4 * i + 1] = d.y;
-      decay[4 * i + 2] = d.z;
-      decay[4 * i + 3] = d.w;
-    }
-  };
-
-  // S as operand, in the units of the chunk to come.
-  uint32_t s_packed[K / 4];
-  const auto pack_state = [&]() {
-    if (next_exponent != exponent) {
-      scale_by_power(s, exponent - next_exponent);
-      exponent = next_exponent;
-    }
-#pragma unroll
-    for (int i = 0; i < K / 4; ++i) s_packed[i] = pack<__half>(s[2 * i], s[2 * i + 1]);
-  };
-
+  exponent = set_exponent(s);
   RingPosition<Smem::kStages> ring;
-  for (int pass = 0; pass < (kCompose ? segment.passes : 1); ++pass) {
-    const bool is_last_pass = !kCompose || pass == segment.passes - 1;
-    const int first_output = is_last_pass ? segment.first : segment.end;
-    has_u = !kCompose || pass >= segment.matrix_passes;
-    if constexpr (kHalves == 1) {
-      if (kCompose && !has_u) {  // rows of the identity
-        const int row = 64 * (part + pass * parts) + 16 * warp + (lane >> 2);
-#pragma unroll
-        for (int i = 0; i < K / 2; ++i) s[i] = row + (i >> 1 & 1) * 8 == 8 * (i >> 2) + 2 * t + (i & 1) ? 1.0f : 0.0f;
-        // Nobody copies U, so that what each thread reads for it stays.
-#pragma unroll
-        for (int i = 0; i < 4 * Smem::kStages; ++i)
-          reinterpret_cast<uint4*>(smem + i / 4 * Smem::kStage + In::kU)[i % 4 * 128 + thread] = uint4{};
-        fence_async_proxy();
-      } else if (segment.start > 0) {
-        set_to_zero(s);
-      } else if (pass > 0) {
-        load_initial_state();
-      }
-      if (kCompose && is_last_pass && index < segment.composed) {
-        if (pass > 0) {
-          // The composition is complete. The first segment has read the initial state, which the last one may overwrite.
-          __threadfence();
-          named_barrier(kComposing, 128);
-          if (thread == 0) set_flag(chain_flags + index * parts + part);
-        }
-        if (index > 0) {
-          // CTAs begin in the order of their numbers, and those that this one waits for have lower ones: nobody waits for
-          // one that finds no place to run.
-          for (int i = thread; i < index * parts; i += 128)
-            while (load_flag(chain_flags + i) == 0) {
-            }
-          named_barrier(kComposing, 128);
-          char* const buffers = smem + (ring.stage + Smem::kStages - 1) % Smem::kStages * Smem::kStage;
-          compose_state<K>(composition<K>(p, seq.first_slot, head), composition_step, index, half, buffers, s);
-          if (index > 1) {  // M may lie where those zeros were
-            named_barrier(kComposing, 128);
-            clear_above_diagonal(buffers + Smem::kP);
-            fence_async_proxy();
-          }
-          Barrier::arrive(composed);
-        }
-      }
-      bits = largest_magnitude(s);
-    }
-    exponent = -200;
-    if (bits != 0) {
-      exponent = exponent_of(bits) - kHeadroom;
-      scale_by_power(s, -exponent);
-    }
-    if (segment.start < segment.end) {
-      Barrier::wait(full + ring.stage, ring.phase);
-      load_u(smem + ring.stage * Smem::kStage, 0);
-      pack_state();
-    }
-    // Before `first_output` the output is that of leftovers in shared memory, and nobody takes it: a loop of its own for these
-    // chunks would make the compiler spill.
-    for (int c = segment.start; c < segment.end; ++c) {
-      const char* stage = smem + ring.stage * Smem::kStage;
-      if (p.states != nullptr && c >= first_output)
-        store_state<K>(p, p.states, states_at + c * p.HV * matrix_size, first_row, s, exponent);
-      load_decay(stage);
-      const uint64_t w = descriptor_k_major(smem_address(stage + In::kW));
-      fence_registers(u);
-      fence_registers(s_packed);
-      cute::warpgroup_arrive();
-#pragma unroll
-      for (int k = 0; k < K / 16; ++k)
-        wgmma_rs<64, Major::K, ScaleIn::Neg>(u, s_packed + 4 * k, advance(w, k / 4 * kHalfBytes + k % 4 * 32));
-      cute::warpgroup_commit_batch();
-
-      uint32_t state_bits = 0;
-      if (c % kRescaleInterval == kRescaleInterval - 1) state_bits = largest_magnitude(s);
-#pragma unroll
-      for (int i = 0; i < K / 8; ++i) {
-        s[4 * i] *= decay[2 * i];
-        s[4 * i + 1] *= decay[2 * i + 1];
-        s[4 * i + 2] *= decay[2 * i];
-        s[4 * i + 3] *= decay[2 * i + 1];
-      }
-      fence_registers(s);
-
-      const uint64_t q = descriptor_k_major(smem_address(stage + Smem::kQ));
-      fence_registers(o);
-      cute::warpgroup_arrive();
-#pragma unroll
-      for (int k = 0; k < K / 16; ++k)
-        wgmma_rs<64, Major::K>(o, s_packed + 4 * k, advance(q, k / 4 * kHalfBytes + k % 4 * 32), k > 0);
-      cute::warpgroup_commit_batch();
-
-      cute::warpgroup_wait<1>();
-      fence_registers(u);
-      uint32_t u_packed[16];
-#pragma unroll
-      for (int i = 0; i < 16; ++i) u_packed[i] = pack<__half>(u[2 * i], u[2 * i + 1]);
-      const uint64_t kr = descriptor_mn_major(smem_address(stage + In::kKr));
-      fence_registers(s);
-      fence_registers(u_packed);
-      cute::warpgroup_arrive();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) wgmma_rs<K, Major::MN>(s, u_packed + 4 * k, advance(kr, k * 16 * kRowBytes));
-      cute::warpgroup_commit_batch();
-      const uint64_t pd = descriptor_k_major_narrow(smem_address(stage + Smem::kP));
-#pragma unroll
-      for (int k = 0; k < 4; ++k) wgmma_rs<64, Major::K>(o, u_packed + 4 * k, advance(pd, k * kPTileBytes));
-      cute::warpgroup_commit_batch();
-      if (c > first_output) hand_over_output();
-
-      // After the last chunk once more its own: loads under a condition would keep the old values alive all along.
-      const char* next = stage;
-      const int stage_in_use = ring.stage;
-      ring.next();
-      if (c + 1 < segment.end) {
-        next = smem + ring.stage * Smem::kStage;
-        Barrier::wait(full + ring.stage, ring.phase);
-      }
-      load_u(next, state_bits);
-      const float unit = power_of_two(exponent);
-      cute::warpgroup_wait<1>();
-      fence_registers(s);
-      pack_state();
-      cute::warpgroup_wait<0>();
-      fence_registers(o);
-      if (kHalves == 2 || c >= first_output) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          float2 f = reinterpret_cast<const float2*>(stage + Smem::kScale)[4 * i + t];
-          f = {f.x * unit, f.y * unit};
-          o_packed[2 * i] = pack<Element>(o[4 * i] * f.x, o[4 * i + 1] * f.y);
-          o_packed[2 * i + 1] = pack<Element>(o[4 * i + 2] * f.x, o[4 * i + 3] * f.y);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < 16; ++i) o_packed[i] = 0;  // so that the old ones need no registers
-      }
-      Barrier::arrive(empty + stage_in_use);
-      fence_registers(o_packed);  // `o` and `decay` are never both alive: there is no room
-    }
-    if constexpr (kCompose) {
-      if (!is_last_pass) {
-        char* const to = composition<K>(p, seq.first_slot, head) + index * composition_step;
-        if (has_u) {
-          store_rows<K>(to, half, s, exponent);
-        } else {
-          store_matrix<K>(to, part + pass * parts, s, exponent);
-        }
-      }
-    }
-    if (first_output < segment.end) hand_over_output();
+  if (segment.start < segment.end) {
+    Barrier::wait(full + ring.stage, ring.phase);
+    load_next_u(smem + ring.stage * Smem::kStage, 0);
+    pack_state();
   }
+  // Before `segment.first` the output is that of leftovers in shared memory, and nobody takes it: a loop of its own for these
+  // chunks would make the compiler spill.
+  for (int c = segment.start; c < segment.end; ++c) {
+    const char* stage = smem + ring.stage * Smem::kStage;
+    if (p.states != nullptr && c >= segment.first)
+      store_state<K>(p, p.states, states_at + c * p.HV * matrix_size, first_row, s, exponent);
+    load_decay<K>(stage, decay);  // while the tensor cores, which have the first say in shared memory, are idle
+    const uint64_t w = descriptor_k_major(smem_address(stage + In::kW));
+    fence_registers(u);
+    fence_registers(s_packed);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int k = 0; k < K / 16; ++k)
+      wgmma_rs<64, Major::K, ScaleIn::Neg>(u, s_packed + 4 * k, advance(w, k / 4 * kHalfBytes + k % 4 * 32));
+    cute::warpgroup_commit_batch();
+
+    uint32_t state_bits = 0;
+    if (c % kRescaleInterval == kRescaleInterval - 1) state_bits = largest_magnitude(s);
+    decay_state<K>(decay, s);
+    fence_registers(s);
+
+    const uint64_t q = descriptor_k_major(smem_address(stage + Smem::kQ));
+    fence_registers(o);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int k = 0; k < K / 16; ++k)
+      wgmma_rs<64, Major::K>(o, s_packed + 4 * k, advance(q, k / 4 * kHalfBytes + k % 4 * 32), k > 0);
+    cute::warpgroup_commit_batch();
+
+    cute::warpgroup_wait<1>();
+    fence_registers(u);
+    uint32_t u_packed[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) u_packed[i] = pack<__half>(u[2 * i], u[2 * i + 1]);
+    const uint64_t kr = descriptor_mn_major(smem_address(stage + In::kKr));
+    fence_registers(s);
+    fence_registers(u_packed);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) wgmma_rs<K, Major::MN>(s, u_packed + 4 * k, advance(kr, k * 16 * kRowBytes));
+    cute::warpgroup_commit_batch();
+    const uint64_t pd = descriptor_k_major_narrow(smem_address(stage + Smem::kP));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) wgmma_rs<64, Major::K>(o, u_packed + 4 * k, advance(pd, k * kPTileBytes));
+    cute::warpgroup_commit_batch();
+    if (c > segment.first) hand_over_output();
+
+    // After the last chunk once more its own: loads under a condition would keep the old values alive all along.
+    const char* next = stage;
+    const int stage_in_use = ring.stage;
+    ring.next();
+    if (c + 1 < segment.end) {
+      next = smem + ring.stage * Smem::kStage;
+      Barrier::wait(full + ring.stage, ring.phase);
+    }
+    load_next_u(next, state_bits);
+    const float unit = power_of_two(exponent);
+    cute::warpgroup_wait<1>();
+    fence_registers(s);
+    pack_state();
+    cute::warpgroup_wait<0>();
+    fence_registers(o);
+    if (kHalves == 2 || c >= segment.first) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float2 f = reinterpret_cast<const float2*>(stage + Smem::kScale)[4 * i + t];
+        f = {f.x * unit, f.y * unit};
+        o_packed[2 * i] = pack<Element>(o[4 * i] * f.x, o[4 * i + 1] * f.y);
+        o_packed[2 * i + 1] = pack<Element>(o[4 * i + 2] * f.x, o[4 * i + 3] * f.y);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) o_packed[i] = 0;  // so that the old ones need no registers
+    }
+    arrive_at(empty + stage_in_use, sharers);
+    fence_registers(o_packed);  // `o` and `decay` are never both alive: there is no room
+  }
+  if (segment.first < segment.end) hand_over_output();
   const bool is_last = segment.end == chunks && (segment.first < chunks || (chunks == 0 && index == 0));
   if (p.final_state != nullptr && is_last) store_state<K>(p, p.final_state, matrix, first_row, s, exponent);
+  if (sharers == 2) cute::cluster_sync();  // the other CTA may still have to tell this one's barriers that it is done
 }
 
 }  // namespace kda
