@@ -28,10 +28,10 @@ def run(
         inputs["g"] = -g.cpu().float().abs().cuda()
     else:
         spread = 30.0 if gate == "steep softplus" else 1.0  # beyond the range of the factored form
-        shift = -6.5 if gate == "mild" else 0.0
+        shift = {"mild": -6.5, "steep": 3.0}.get(gate, 0.0)
         inputs |= {"g": (g.cpu() * spread).cuda(), "A_log": tensor(HV, dtype=torch.float32)}
         inputs |= {"dt_bias": (tensor(HV, K, dtype=torch.float32).cpu() + shift).cuda()}
-        inputs |= {"lower_bound": -5.0 if gate in ("safe", "mild") else None}
+        inputs |= {"lower_bound": -5.0 if gate in ("safe", "mild", "steep") else None}
     state = (V, K) if state_v_first else (K, V)
     state_dtype = torch.bfloat16 if state_v_first else torch.float32
     results = ops.chunk_kda(
@@ -55,7 +55,9 @@ def main() -> None:
     for dtype, (K, V), gate, lengths in itertools.product(DTYPES, WIDTHS, GATES, LENGTHS):
         run(dtype, K, V, gate, lengths, state_v_first=dtype == torch.float16)
     for (K, V), v_first in zip(WIDTHS, (False, True, True, False), strict=True):  # states are composed
-        run(torch.bfloat16, K, V, "mild", [8300, 70], state_v_first=v_first)
+        run(torch.bfloat16, K, V, "mild", [1500, 70], state_v_first=v_first)
+    run(torch.bfloat16, 128, 128, "steep", [1500, 70], state_v_first=True)  # segments that begin with zeros
+    run(torch.bfloat16, 128, 128, "mild", [4800], state_v_first=False, HV=20)  # composed, by clusters
     run(torch.bfloat16, 128, 128, "safe", [2048], state_v_first=False, HV=96)  # both kernels side by side
     torch.cuda.synchronize()
     print("every call served")
