@@ -363,29 +363,45 @@ def test_a_nan_is_never_forgotten(name, gate):
     assert torch.equal(o[:, :, 0], clean[0][:, :, 0]) and torch.equal(state[:, 0], clean[1][:, 0])
 
 
+def check_states_too(inputs):
+    """As `check`, with intermediate states, and the same bits once more."""
+    results = kernel(inputs, return_intermediate_states=True)
+    expected = exact(inputs)
+    assert_close(*results[:2], expected)
+    assert error(results[2], expected[2]) <= STATE_BOUND
+    again = kernel(inputs, return_intermediate_states=True)
+    assert all(torch.equal(a, b) for a, b in zip(again, results, strict=True))
+
+
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("gate", ["mild", "bimodal", "bimodal softplus"])
 def test_composed_states(gate, widths):
-    """Chains of 128 chunks and more, of so few heads that many CTAs share each, and nothing is forgotten."""
-    K, V = widths
-    inputs = arguments(1, 8229, 1, 2, K, V, gate=gate)
-    o, state, states = kernel(inputs, return_intermediate_states=True)
-    expected = exact(inputs)
-    assert_close(o, state, expected)
-    assert error(states, expected[2]) <= STATE_BOUND
-    again = kernel(inputs)
-    assert torch.equal(again[0], o) and torch.equal(again[1], state)
+    """A long chain, of so few heads that many CTAs share it, and nothing is forgotten."""
+    check_states_too(arguments(1, 8229, 1, 2, *widths, gate))
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("T", [700, 770, 1500, 2077, 4133])
+@pytest.mark.parametrize("gate", ["mild", "bimodal", "steep"])
+def test_composed_states_of_short_chains(gate, T, heads, widths):
+    """Segments of a few chunks, or a few chunks before each that are enough to forget; the shortest are too short."""
+    check_states_too(arguments(1, T, 1, heads, *widths, gate))
 
 
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64])
-@pytest.mark.parametrize("lengths", [[8200, 3, 0, 5000], [1, 12000], [64, 4000, 4000, 100, 64]])
-def test_composed_states_of_packed_sequences(lengths, integer):
-    check(packed(lengths, 5, integer, H=1, HV=1, gate="mild"))
+@pytest.mark.parametrize(
+    "lengths", [[8200, 3, 0, 5000], [1, 12000], [64, 4000, 4000, 100, 64], [2000, 5, 0, 900, 3100]]
+)
+@pytest.mark.parametrize("gate", ["mild", "steep"])
+def test_composed_states_of_packed_sequences(gate, lengths, integer):
+    check(packed(lengths, 5, integer, H=1, HV=1, gate=gate))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_composed_state_takes_the_place_of_the_initial_one(dtype):
-    inputs = arguments(1, 9000, 1, 1, gate="mild", state=dtype)
+@pytest.mark.parametrize("T", [1500, 9000])
+def test_composed_state_takes_the_place_of_the_initial_one(T, dtype):
+    inputs = arguments(1, T, 1, 1, gate="mild", state=dtype)
     call = fwd_arguments(inputs)
     o, expected = kernel(inputs)
     state = call["initial_state"]
@@ -395,15 +411,64 @@ def test_composed_state_takes_the_place_of_the_initial_one(dtype):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["k", "v", "g", "beta", "initial_state"])
-def test_composed_states_keep_a_poison(name, value):
-    inputs = arguments(1, 9000, 2, 2, gate="mild")
+@pytest.mark.parametrize("T", [1500, 9000])
+def test_composed_states_keep_a_poison(T, name, value):
+    inputs = arguments(1, T, 2, 2, gate="mild")
     clean = kernel(inputs)
     inputs[name] = inputs[name].clone()
-    inputs[name][(0, 1, 3) if name == "initial_state" else (0, 4000, 1)] = value  # head 1
+    inputs[name][(0, 1, 3) if name == "initial_state" else (0, T // 2, 1)] = value  # head 1
     o, state = kernel(inputs)
     if not (name in ("g", "beta") and value == math.inf):  # whose functions are finite there
         assert not o[0, -1, 1].isfinite().all() and not state[0, 1].isfinite().all()
     assert torch.equal(o[:, :, 0], clean[0][:, :, 0]) and torch.equal(state[:, 0], clean[1][:, 0])
+
+
+# So many chunks and heads that two CTAs, one for each half of the value channels, copy records for each other, for a
+# whole chain or for segments of one, on a GPU of 132 SMs.
+SHARED_RECORDS = {
+    "no segments": lambda **others: arguments(1, 2600, 20, 40, **others),
+    "two segments": lambda **others: arguments(1, 4300, 6, 24, **others),
+    "many segments": lambda **others: arguments(1, 12900, 4, 8, **others),
+    "packed, many segments": lambda **others: packed([7900, 5000], 60, H=4, HV=8, **others),
+    "packed, few segments": lambda **others: packed([7900, 3, 0, 5000], H=8, HV=8, **others),
+}
+
+
+@pytest.mark.parametrize("K", [64, 128])
+@pytest.mark.parametrize("inputs", SHARED_RECORDS.values(), ids=SHARED_RECORDS)
+@pytest.mark.parametrize("gate", ["mild", "bimodal", "steep"])
+def test_shared_records(gate, inputs, K):
+    inputs = inputs(gate=gate, K=K)
+    check_some_heads(inputs)
+    first = kernel(inputs)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(kernel(inputs), first, strict=True))
+
+
+@pytest.mark.parametrize("gate", ["mild", "steep"])
+@pytest.mark.parametrize("name", ["v", "initial_state"])
+def test_shared_records_keep_a_poison_of_one_half(name, gate):
+    """Both CTAs have to plan alike, where the values of one have a NaN: it stays in its value channel."""
+    inputs = SHARED_RECORDS["many segments"](gate=gate)
+    expected = kernel(inputs)
+    inputs[name] = inputs[name].clone()
+    inputs[name][(0, 1, 3, 70) if name == "initial_state" else (0, 6000, 1, 70)] = math.nan  # head 1
+    o, state = kernel(inputs)
+    assert o[0, -1, 1, 70].isnan() and state[0, 1, :, 70].isnan().all()
+    others = torch.arange(8, device=DEVICE) != 1
+    assert torch.equal(o[:, :, others], expected[0][:, :, others])
+    assert torch.equal(state[:, others], expected[1][:, others])
+    clean = slice(0, 64)
+    assert error(o[:, :, 1, clean], expected[0][:, :, 1, clean].double()) <= 2 * OUTPUT_BOUND
+    assert error(state[:, 1, :, clean], expected[1][:, 1, :, clean].double()) <= 2 * STATE_BOUND
+
+
+def test_shared_records_and_the_state_in_place():
+    call = fwd_arguments(SHARED_RECORDS["many segments"](gate="mild"))
+    ops.fwd(**call)
+    state, out = call["initial_state"].clone(), torch.full_like(call["out"], math.nan)
+    ops.fwd(**call | {"initial_state": state, "final_state": state, "out": out})
+    assert torch.equal(state, call["final_state"]) and torch.equal(out, call["out"])
 
 
 @pytest.mark.parametrize("gate", ["steep", "mild", "softplus"])
