@@ -66,10 +66,16 @@ cudaError_t launch_prefill(PrefillParams& params, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const int parts = params.V / 64 / params.halves;
   const int64_t ctas = static_cast<int64_t>(params.sequences) * params.HV * parts * params.segments;
-  return params.halves == 2 ? launch<recurrence<Element, K, 2>>(ctas, 1, kRecurrenceThreads,
-                                                                RecurrenceSmem<K, 2>::kBytes, true, stream, params)
-                            : launch<recurrence<Element, K, 1>>(ctas, params.sharers, kRecurrenceThreads,
-                                                                RecurrenceSmem<K, 1>::kBytes, true, stream, params);
+  const auto run = [&](auto halves, auto compose) {
+    constexpr int kHalves = decltype(halves)::value;
+    constexpr bool kCompose = decltype(compose)::value;
+    return launch<recurrence<Element, K, kHalves, kCompose>>(ctas, params.sharers,
+                                                             kRecurrenceThreads<kHalves, kCompose>,
+                                                             RecurrenceSmem<K, kHalves>::kBytes, true, stream, params);
+  };
+  using One = std::integral_constant<int, 1>;
+  if (params.halves == 2) return run(std::integral_constant<int, 2>{}, std::false_type{});
+  return params.composed_chunks > 0 ? run(One{}, std::true_type{}) : run(One{}, std::false_type{});
 }
 
 }  // namespace kda

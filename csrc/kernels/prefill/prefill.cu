@@ -32,8 +32,9 @@ int segments_of(const PrefillParams& params, int64_t sequences) {
                                     : static_cast<int>(std::max<int64_t>(std::min(params.num_sms / ctas, chunks), 1));
 }
 
-// CTAs and chunks of a chain from which on composing pays.
-constexpr int kComposedSegments = kLeastComposed, kComposedChain = 12;
+// CTAs and chunks of a chain from which on composing pays: with shorter ones, the kernel that cannot compose is faster by more
+// than it gains.
+constexpr int kComposedSegments = kLeastComposed, kComposedChain = 48;
 // Records from which on clusters of two that share them pay: clusters start late.
 constexpr int kLeastShared = 1500;
 

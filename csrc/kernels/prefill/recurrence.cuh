@@ -50,7 +50,9 @@
 
 namespace kda {
 
-constexpr int kRecurrenceThreads = 384;
+// Two warpgroups with a state, or one where 64 value channels are all and M is never made, and one that copies.
+template <int kHalves, bool kCompose>
+constexpr int kRecurrenceThreads = kHalves == 2 || kCompose ? 384 : 256;
 constexpr int kHeadroom = 3;         // log2 of the bound on U / 2^E
 constexpr int kRescaleInterval = 8;  // chunks between two looks at the size of S
 
@@ -72,7 +74,7 @@ struct RecurrenceSmem {
   // full, empty [kStages]; tile_full, tile_empty [kHalves]; while M and N are made full, empty [kStages]; two more
   static constexpr int kComposingBarriers = kBarriers + 8 * 2 * (kStages + kHalves);
   static constexpr int kPlan = kComposingBarriers + 8 * (2 * kStages + 2);  // Segment
-  static constexpr int kIsFinite = kPlan + 16;                              // int [4]: a warp's state
+  static constexpr int kIsFinite = kPlan + 32;                              // int [4]: a warp's state
   static constexpr int kBytes = kIsFinite + 16;
 };
 
@@ -80,6 +82,7 @@ struct RecurrenceSmem {
 struct Segment {
   int start, first, end;
   int composed;  // CTAs that compose the states of the chain, or 0
+  bool is_last;  // whether its last state is that of the chain
 };
 
 constexpr int kPlanning = 1, kPublishing = 2, kComposing = 3, kClearing = 4;  // named barriers
@@ -89,8 +92,8 @@ constexpr int kMatrixBuffer = Composition<K>::kMatrixBytes + 1024;  // bytes for
 constexpr int kLowestExponent = -400;                               // of rows of M: what is less matters to no state
 // log2 of what may be left of a state that is taken for forgotten: 72 bits below the last one of fp32.
 constexpr float kForgotten = -96.0f;
-constexpr int kComposingCost = 8;  // fifths of a chunk, whatever the number of segments
-constexpr int kLookBack = 8;       // chunks in which a state is to be forgotten, else it is composed
+constexpr int kComposingCost = 30;  // fifths of a chunk, whatever the number of segments
+constexpr int kLookBack = 8;        // chunks in which a state is to be forgotten, else it is composed
 
 // What CTA `index` of the p.segments that share a chain is to do, the same for both halves of the value channels; for a whole
 // warp.
@@ -101,6 +104,7 @@ constexpr int kLookBack = 8;       // chunks in which a state is to be forgotten
 // the chain, and the second goes through all of the first's chunks.
 //
 // Kept short: it runs once, and its instructions come from DRAM.
+template <bool kCompose>
 __device__ __forceinline__ Segment plan_segment(const PrefillParams& p, const Sequence& seq, int head, int index,
                                                 bool rehearses) {
   const int lane = threadIdx.x & 31, chunks = chunks_of(seq.length), readable = rehearses ? 0 : chunks;
@@ -151,7 +155,7 @@ __device__ __forceinline__ Segment plan_segment(const PrefillParams& p, const Se
   unsigned least = static_cast<unsigned>(9 * half) << 10;
   if (are_finite && farthest <= kLookBack)
     least = min(least, static_cast<unsigned>(4 * farthest + 5 * length) << 10 | 1);
-  if (are_finite && p.composed_chunks > 0) {
+  if (kCompose && are_finite) {
     const int most = min(min(p.segments, chunks / p.composed_chunks), 1023);
     for (int n = kLeastComposed + lane; n <= most; n += 32) {
       const int others = (chunks - first_length(n) + n - 2) / (n - 1);
@@ -160,16 +164,19 @@ __device__ __forceinline__ Segment plan_segment(const PrefillParams& p, const Se
     least = __reduce_min_sync(0xffffffffu, least);
   }
   own = __reduce_max_sync(0xffffffffu, static_cast<unsigned>(own));
-  if (const int n = least & 1023; n > 1) {
+  if (const int n = least & 1023; kCompose && n > 1) {
     const int longer = first_length(n);
     const auto first_of = [&](int i) {
       return i == 0 ? 0 : i >= n ? chunks : longer + (chunks - longer) * (i - 1) / (n - 1);
     };
-    return {first_of(index), first_of(index), first_of(index + 1), n};
+    return {first_of(index), first_of(index), first_of(index + 1), n, index == n - 1};
   }
   const bool forgets = (least & 1023) == 1;
   const int run = forgets ? length : half, first = min(index * run, chunks), end = min(first + run, chunks);
-  return {first == end ? end : forgets ? first - own : 0, first, end, 0};
+  return {first == end ? end
+          : forgets    ? first - own
+                       : 0,
+          first, end, 0, first < chunks ? end == chunks : chunks == 0 && index == 0};
 }
 
 // A place in a ring and the parity of its barriers' phase.
@@ -581,10 +588,14 @@ __device__ __forceinline__ int wait_until_ready(const PrefillParams& p, int firs
   return min(c + (missing == 0 ? 32 : __ffs(missing) - 1), end);
 }
 
-template <class Element, int K, int kHalves>
-__global__ void __launch_bounds__(kRecurrenceThreads, 1) recurrence(const __grid_constant__ PrefillParams p) {
+// kCompose: whether CTAs that share a chain may compose its states.
+template <class Element, int K, int kHalves, bool kCompose>
+__global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
+    recurrence(const __grid_constant__ PrefillParams p) {
+  static_assert(kHalves == 1 || !kCompose);
   using Smem = RecurrenceSmem<K, kHalves>;
   using In = Record<K>;
+  constexpr int kThreads = kRecurrenceThreads<kHalves, kCompose>, kCopying = kThreads / 128 - 1;  // a warpgroup
   extern __shared__ __align__(1024) char smem[];
   uint64_t* const full = reinterpret_cast<uint64_t*>(smem + Smem::kBarriers);
   uint64_t* const empty = full + Smem::kStages;
@@ -603,7 +614,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads, 1) recurrence(const __grid
   const int chunks = chunks_of(seq.length);
   Segment* const plan = reinterpret_cast<Segment*>(smem + Smem::kPlan);
   int* const is_finite = reinterpret_cast<int*>(smem + Smem::kIsFinite);  // [4]
-  Segment segment{0, 0, chunks, 0};
+  Segment segment{0, 0, chunks, 0, true};
   // CTAs of a cluster that share their records, each of which copies a part of them for both: one for each half of the value
   // channels.
   const int sharers = kHalves == 1 ? p.sharers : 1;
@@ -622,25 +633,27 @@ __global__ void __launch_bounds__(kRecurrenceThreads, 1) recurrence(const __grid
     Barrier::init(drained, 8 * sharers);
     Barrier::init(composed, 4 * sharers);
     cutlass::arch::fence_barrier_init();
+    *plan = segment;
   }
   sharers == 2 ? cute::cluster_sync() : __syncthreads();
 
   // How often the records of this segment are read to find out M and N, if they are: 64 rows of M at a time, shared out over
   // the halves of the value channels. For the first segment N alone, from the initial state.
   const auto composing_passes = [&]() {
-    if (kHalves == 2 || index + 1 >= segment.composed) return 0;
+    if (!kCompose || index + 1 >= segment.composed) return 0;
     return index == 0 ? 1 : (K / 64 + parts - 1) / parts;
   };
 
-  if (warpgroup == 2) {  // ------------------------------------------------------------------------------------ copies
-    cutlass::arch::warpgroup_reg_dealloc<40>();
-    const int warp = cutlass::canonical_warp_idx_sync() - 8, lane = threadIdx.x & 31;
+  if (warpgroup ==
+      kCopying) {  // ------------------------------------------------------------------------------------ copies
+    cutlass::arch::warpgroup_reg_dealloc<kThreads == 256 ? 72 : 40>();
+    const int warp = cutlass::canonical_warp_idx_sync() - 4 * kCopying, lane = threadIdx.x & 31;
     if (warp == 0) {
       // Planned twice: the first time while `prepare` is still at work, so that the instructions have come from DRAM.
 #pragma unroll 1
       for (bool rehearses = segments > 1;; rehearses = false) {
         if (!rehearses && p.ready == nullptr) wait_for_previous_kernel();
-        if (segments > 1) segment = plan_segment(p, seq, head, index, rehearses);
+        if (segments > 1) segment = plan_segment<kCompose>(p, seq, head, index, rehearses);
         if (!rehearses) break;
       }
     }
@@ -652,7 +665,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads, 1) recurrence(const __grid
         if (!__all_sync(0xffffffffu, finite) && segment.composed == 0 && segment.first < segment.end) segment.start = 0;
         if (lane == 0) *plan = segment;
       }
-      named_barrier(kPlanning, kRecurrenceThreads);
+      named_barrier(kPlanning, kThreads);
       segment = *plan;
     }
     if (warp > 0) {
@@ -701,7 +714,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads, 1) recurrence(const __grid
       char* to = smem + ring.stage * Smem::kStage;
       uint64_t* barrier = full + ring.stage;
       // The last stage of the ring is where the first state is composed: its zeros are there again, too.
-      if (kHalves == 1 && segment.composed > 0 && index > 0 && c == segment.first + Smem::kStages - 1)
+      if (kCompose && segment.composed > 0 && index > 0 && c == segment.first + Smem::kStages - 1)
         Barrier::wait(composed, 0);
       // Not all at once in the beginning, when all CTAs wait for their first one.
       if (Smem::kStages > 2 && c == segment.start + 2) Barrier::wait(full, 0);
@@ -730,7 +743,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads, 1) recurrence(const __grid
   }
 
   // ------------------------------------------------------------------------------------------------------------ state
-  cutlass::arch::warpgroup_reg_alloc<232>();
+  cutlass::arch::warpgroup_reg_alloc<kThreads == 256 ? 248 : 232>();
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread & 31, t = lane & 3;
   const int64_t composition_step =
       static_cast<int64_t>(p.HV) * Composition<K>::bytes(p.V);  // from a segment to the next
@@ -743,9 +756,9 @@ __global__ void __launch_bounds__(kRecurrenceThreads, 1) recurrence(const __grid
   const int64_t matrix_size = static_cast<int64_t>(K) * p.V;
   const int64_t matrix = (static_cast<int64_t>(n) * p.HV + head) * matrix_size;
   char* const tile = smem + Smem::kTiles + warpgroup * Smem::kTileBytes;
-  static_assert(kHalves == 2 || 2 * kMatrixBuffer<K> <= Smem::kStage);
+  static_assert(!kCompose || 2 * kMatrixBuffer<K> <= Smem::kStage);
 
-  const bool carries_state = kHalves == 2 || warpgroup == 0;  // else helps with M only
+  const bool carries_state = !kCompose || warpgroup == 0;  // else helps with M only
   const auto load_initial_state = [&]() {
     if (carries_state && p.initial_state != nullptr) {
       load_state<K>(p, p.initial_state, matrix, first_row, s);
@@ -798,11 +811,11 @@ __global__ void __launch_bounds__(kRecurrenceThreads, 1) recurrence(const __grid
     const bool finite = exponent_of(largest_magnitude(s)) < 128;
     if (carries_state && lane == 0) is_finite[warp] = finite;
     cute::cluster_sync();
-    named_barrier(kPlanning, kRecurrenceThreads);
+    named_barrier(kPlanning, kThreads);
     segment = *plan;
     if (segment.start > 0) set_to_zero(s);
   }
-  if constexpr (kHalves == 1) {
+  if constexpr (kCompose) {
     const bool makes_composition = composing_passes() > 0;
     if (makes_composition) make_composition();
     if (!carries_state) return;
@@ -956,8 +969,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads, 1) recurrence(const __grid
     fence_registers(o_packed);  // `o` and `decay` are never both alive: there is no room
   }
   if (segment.first < segment.end) hand_over_output();
-  const bool is_last = segment.end == chunks && (segment.first < chunks || (chunks == 0 && index == 0));
-  if (p.final_state != nullptr && is_last) store_state<K>(p, p.final_state, matrix, first_row, s, exponent);
+  if (p.final_state != nullptr && plan->is_last) store_state<K>(p, p.final_state, matrix, first_row, s, exponent);
   if (sharers == 2) cute::cluster_sync();  // the other CTA may still have to tell this one's barriers that it is done
 }
 
