@@ -55,7 +55,7 @@ def main() -> None:
     for dtype, (K, V), gate, lengths in itertools.product(DTYPES, WIDTHS, GATES, LENGTHS):
         run(dtype, K, V, gate, lengths, state_v_first=dtype == torch.float16)
     for (K, V), v_first in zip(WIDTHS, (False, True, True, False), strict=True):  # states are composed
-        run(torch.bfloat16, K, V, "mild", [1500, 70], state_v_first=v_first)
+        run(torch.bfloat16, K, V, "mild", [3100, 70], state_v_first=v_first)
     run(torch.bfloat16, 128, 128, "steep", [1500, 70], state_v_first=True)  # segments that begin with zeros
     run(torch.bfloat16, 128, 128, "mild", [4800], state_v_first=False, HV=20)  # composed, by clusters
     run(torch.bfloat16, 128, 128, "safe", [2048], state_v_first=False, HV=96)  # both kernels side by side

@@ -470,11 +470,16 @@ __device__ __forceinline__ void clear_above_diagonal(char* p) {
       reinterpret_cast<uint4*>(p + j * kPTileBytes)[threadIdx.x % 128] = uint4{};
 }
 
-// One arrival for all of a warp, at this barrier in each of the cluster's first `ctas` CTAs.
+// Arrivals at a barrier of those that share a ring: each thread at that of its own CTA, and, of a cluster of two, each warp
+// at that of the other one.
+__device__ __forceinline__ int arrivals(int threads, int ctas) { return threads + (ctas - 1) * threads / 32; }
+
 __device__ __forceinline__ void arrive_at(uint64_t* barrier, int ctas) {
-  __syncwarp();
-  const int lane = threadIdx.x & 31;
-  Barrier::arrive(barrier, lane, lane < ctas);
+  Barrier::arrive(barrier);
+  if (ctas == 2) {
+    __syncwarp();
+    Barrier::arrive(barrier, cute::block_rank_in_cluster() ^ 1, threadIdx.x % 32 == 0);
+  }
 }
 
 // Carries 64 rows, 2^exponent times `s`, through the next `chunks` records of the ring, without output and with U
@@ -622,16 +627,16 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < Smem::kStages; ++i) {
       Barrier::init(full + i, 1);
-      Barrier::init(empty + i, 4 * kHalves * sharers);
+      Barrier::init(empty + i, arrivals(128 * kHalves, sharers));
       Barrier::init(composing_full + i, 1);
-      Barrier::init(composing_empty + i, 8 * sharers);
+      Barrier::init(composing_empty + i, arrivals(256, sharers));
     }
     for (int i = 0; i < kHalves; ++i) {
       Barrier::init(tile_full + i, 128);
       Barrier::init(tile_empty + i, Smem::kStoreWarps);
     }
-    Barrier::init(drained, 8 * sharers);
-    Barrier::init(composed, 4 * sharers);
+    Barrier::init(drained, arrivals(256, sharers));
+    Barrier::init(composed, arrivals(128, sharers));
     cutlass::arch::fence_barrier_init();
     *plan = segment;
   }
