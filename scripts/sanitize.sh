@@ -15,6 +15,6 @@ sanitizer=$(command -v compute-sanitizer || true)
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 for tool in "${tools[@]}"; do
     echo "== $tool"
-    "$sanitizer" --tool "$tool" --error-exitcode 1 python scripts/sanitize.py
+    "$sanitizer" --tool "$tool" --error-exitcode 1 python scripts/sanitize.py "$tool"
 done
 echo "all clean: ${tools[*]}"
