@@ -6,8 +6,8 @@
 // Roles
 //   warpgroups 0..kHalves-1   S [64 v, K] stays in fp32 accumulators; packed to fp16 it is the A operand of
 //                             Ũᵀ = Uᵀ - S Wᵀ and of Oᵀ = S Qᵀ, and Ũᵀ packed is that of S += Ũᵀ Kr and Oᵀ += Ũᵀ Pᵀ.
-//   warpgroup 1 (kHalves 1)   helps to compose states (below), and then is done.
-//   warpgroup 2               warp 0 copies records into a ring; warps 1 and 2 copy the output, which they find in a tile
+//   warpgroup 1 (kCompose)    helps to compose states (below), and then is done.
+//   the last warpgroup        warp 0 copies records into a ring; warps 1 and 2 copy the output, which they find in a tile
 //                             of shared memory for each warpgroup with a state, to `out`.
 //
 // The order in which a warpgroup feeds the tensor cores (cycles at full rate, K = 128; docs/prefill_kernel.md has what
