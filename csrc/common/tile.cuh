@@ -136,13 +136,6 @@ __device__ __forceinline__ void load_tile(const CUtensorMap* map, uint64_t* barr
                                column, head, token, batch);
 }
 
-// threadIdx.x, read anew: where registers are scarce, the compiler would rather spill it.
-__device__ __forceinline__ int this_thread() {
-  int x;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-  return x;
-}
-
 // Has the 128-byte line on its way to L2.
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
@@ -194,11 +187,6 @@ __device__ __forceinline__ void bulk_store_commit() { cute::tma_store_arrive(); 
 // Barrier among `threads` threads, a multiple of 32; id 0 is __syncthreads.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// Tells those who wait at the barrier, without waiting for them.
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // A flag in global memory: who reads a value other than 0 sees what all threads wrote that the writer of it had waited for.

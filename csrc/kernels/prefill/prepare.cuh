@@ -94,6 +94,13 @@ __device__ __forceinline__ bool is_reserved(const PrefillParams& p) {
   return sm + p.reserved_sms >= sms;
 }
 
+// threadIdx.x, read anew: where registers are scarce, the compiler would rather spill it.
+__device__ __forceinline__ int this_thread() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 // Log-decay in base 2 from what the caller gave, for one channel. `bias` has gone through `prepare_bias`.
 template <Gate kGate>
 struct GateFunction {

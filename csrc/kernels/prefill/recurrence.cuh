@@ -649,8 +649,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
     return index == 0 ? 1 : (K / 64 + parts - 1) / parts;
   };
 
-  if (warpgroup ==
-      kCopying) {  // ------------------------------------------------------------------------------------ copies
+  if (warpgroup == kCopying) {  // ---------------------------------------------------------------------------- copies
     cutlass::arch::warpgroup_reg_dealloc<kThreads == 256 ? 72 : 40>();
     const int warp = cutlass::canonical_warp_idx_sync() - 4 * kCopying, lane = threadIdx.x & 31;
     if (warp == 0) {
