@@ -1,4 +1,6 @@
-"""One call of the prefill kernels for each instance and each kind of sequence, small: scripts/sanitize.sh runs it."""
+"""One call of the prefill kernels for each instance and each kind of sequence, small: scripts/sanitize.sh runs it.
+
+An argument names compute-sanitizer's tool, since racecheck can't follow one of the calls."""
 
 import itertools
 import sys

@@ -48,38 +48,32 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], 
 constexpr int kRowBytes = 128;
 constexpr int kHalfBytes = 64 * kRowBytes;  // 64 rows of one half
 
-// K-major operand: a row per M or N index. Add 32 bytes for the next 16 elements of K, kHalfBytes for the next 64.
-__device__ __forceinline__ uint64_t descriptor_k_major(uint32_t smem_address) {
+// `leading_bytes` from one half to the next, `stride_bytes` from 8 rows to the next 8. `swizzle` is 1 for 128 bytes, 3 for 32.
+__device__ __forceinline__ uint64_t descriptor(uint32_t smem_address, int leading_bytes, int stride_bytes,
+                                               int swizzle) {
   cute::GmmaDescriptor d;
   d.desc_ = 0;
   d.bitfield.start_address_ = smem_address >> 4;
-  d.bitfield.leading_byte_offset_ = 1;
-  d.bitfield.stride_byte_offset_ = 8 * kRowBytes >> 4;
-  d.bitfield.layout_type_ = 1;  // 128-byte swizzle
+  d.bitfield.leading_byte_offset_ = leading_bytes >> 4;
+  d.bitfield.stride_byte_offset_ = stride_bytes >> 4;
+  d.bitfield.layout_type_ = swizzle;
   return d;
+}
+
+// K-major operand: a row per M or N index. Add 32 bytes for the next 16 elements of K, kHalfBytes for the next 64.
+__device__ __forceinline__ uint64_t descriptor_k_major(uint32_t smem_address) {
+  return descriptor(smem_address, 16, 8 * kRowBytes, 1);  // the first offset means nothing here
 }
 
 // The same for rows of 16 elements of K and no more: 32 bytes, their two 16-byte chunks swizzled by bit 2 of the row.
 constexpr int kNarrowRowBytes = 32;
 __device__ __forceinline__ uint64_t descriptor_k_major_narrow(uint32_t smem_address) {
-  cute::GmmaDescriptor d;
-  d.desc_ = 0;
-  d.bitfield.start_address_ = smem_address >> 4;
-  d.bitfield.leading_byte_offset_ = 1;
-  d.bitfield.stride_byte_offset_ = 8 * kNarrowRowBytes >> 4;
-  d.bitfield.layout_type_ = 3;  // 32-byte swizzle
-  return d;
+  return descriptor(smem_address, 16, 8 * kNarrowRowBytes, 3);
 }
 
 // MN-major operand: a row per K index, 64 of M or N in a half. Add 16 * kRowBytes for the next 16 elements of K.
 __device__ __forceinline__ uint64_t descriptor_mn_major(uint32_t smem_address) {
-  cute::GmmaDescriptor d;
-  d.desc_ = 0;
-  d.bitfield.start_address_ = smem_address >> 4;
-  d.bitfield.leading_byte_offset_ = kHalfBytes >> 4;
-  d.bitfield.stride_byte_offset_ = 8 * kRowBytes >> 4;
-  d.bitfield.layout_type_ = 1;
-  return d;
+  return descriptor(smem_address, kHalfBytes, 8 * kRowBytes, 1);
 }
 
 __device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }

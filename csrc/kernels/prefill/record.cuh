@@ -45,16 +45,14 @@ struct Record {
   // Read by the warpgroup that carries the state.
   static constexpr int kW = 0;
   static constexpr int kKr = kW + kMatrixBytes;
-  static constexpr int kDecay = kKr + kMatrixBytes;    // float [K]: e^(G_last), in the order of `decay_index`
-  static constexpr int kExponents = kDecay + K * 4;    // int [2][4]: of 16 rows of Uᵀ
-  static constexpr int kStateBytes = kExponents + 32;  // up to here
+  static constexpr int kDecay = kKr + kMatrixBytes;  // float [K]: e^(G_last), in the order of `decay_index`
+  static constexpr int kExponents = kDecay + K * 4;  // int [2][4]: of 16 rows of Uᵀ
   static constexpr int kU = kDecay + 1024;
 
   // Read by the warpgroup that makes the output.
   static constexpr int kQ = kU + 2 * kUHalfBytes;
   static constexpr int kP = kQ + kMatrixBytes;
   static constexpr int kScale = kP + p_tile(kChunk / kBlock);  // float [64]: scale m
-  static constexpr int kOutputBytes = kScale + kChunk * 4 - kQ;
 
   static constexpr int kBytes = kScale + 1024;
 };

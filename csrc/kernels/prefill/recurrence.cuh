@@ -283,6 +283,13 @@ __device__ __forceinline__ uint32_t largest_magnitude(const float (&x)[N]) {
   return warp_max(bits);
 }
 
+// Pairs of accumulators as fp16 operand.
+template <size_t N>
+__device__ __forceinline__ void pack_pairs(const float (&x)[2 * N], uint32_t (&packed)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) packed[i] = pack<__half>(x[2 * i], x[2 * i + 1]);
+}
+
 // s *= 2^by
 template <size_t N>
 __device__ __forceinline__ void scale_by_power(float (&s)[N], int by) {
@@ -384,8 +391,7 @@ __device__ __forceinline__ void compose_state(char* first, int64_t step, int cou
     const int by = exponent_of(largest_magnitude(s)) - kLargestHalf;
     scale_by_power(s, -by);
     uint32_t s_packed[K / 4];
-#pragma unroll
-    for (int i = 0; i < K / 4; ++i) s_packed[i] = pack<__half>(s[2 * i], s[2 * i + 1]);
+    pack_pairs(s, s_packed);
 
     const uint64_t m = descriptor_mn_major(smem_address(matrix));
     fence_registers(s);
@@ -462,6 +468,27 @@ __device__ __forceinline__ void decay_state(const float (&decay)[K / 4], float (
   }
 }
 
+// Begins Uᵀ -= S Wᵀ.
+template <int K>
+__device__ __forceinline__ void subtract_known(const char* stage, const uint32_t (&s_packed)[K / 4], float (&u)[32]) {
+  const uint64_t w = descriptor_k_major(smem_address(stage + Record<K>::kW));
+  cute::warpgroup_arrive();
+#pragma unroll
+  for (int k = 0; k < K / 16; ++k)
+    wgmma_rs<64, Major::K, ScaleIn::Neg>(u, s_packed + 4 * k, advance(w, k / 4 * kHalfBytes + k % 4 * 32));
+  cute::warpgroup_commit_batch();
+}
+
+// Begins S += Ũᵀ Kr.
+template <int K>
+__device__ __forceinline__ void add_update(const char* stage, const uint32_t (&u_packed)[16], float (&s)[K / 2]) {
+  const uint64_t kr = descriptor_mn_major(smem_address(stage + Record<K>::kKr));
+  cute::warpgroup_arrive();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) wgmma_rs<K, Major::MN>(s, u_packed + 4 * k, advance(kr, k * 16 * kRowBytes));
+  cute::warpgroup_commit_batch();
+}
+
 // Zeros in the rows of P's tiles that no record brings; for a whole warpgroup.
 __device__ __forceinline__ void clear_above_diagonal(char* p) {
 #pragma unroll
@@ -508,32 +535,21 @@ __device__ __forceinline__ void carry_state(const char* ring_stages, uint64_t* f
       set_to_zero(u);
     }
     uint32_t s_packed[K / 4];
-#pragma unroll
-    for (int i = 0; i < K / 4; ++i) s_packed[i] = pack<__half>(s[2 * i], s[2 * i + 1]);
+    pack_pairs(s, s_packed);
     float decay[K / 4];
     load_decay<K>(stage, decay);
-    const uint64_t w = descriptor_k_major(smem_address(stage + In::kW));
     fence_registers(u);
     fence_registers(s_packed);
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int k = 0; k < K / 16; ++k)
-      wgmma_rs<64, Major::K, ScaleIn::Neg>(u, s_packed + 4 * k, advance(w, k / 4 * kHalfBytes + k % 4 * 32));
-    cute::warpgroup_commit_batch();
+    subtract_known<K>(stage, s_packed, u);
     decay_state<K>(decay, s);
     fence_registers(s);
     cute::warpgroup_wait<0>();
     fence_registers(u);
     uint32_t u_packed[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) u_packed[i] = pack<__half>(u[2 * i], u[2 * i + 1]);
-    const uint64_t kr = descriptor_mn_major(smem_address(stage + In::kKr));
+    pack_pairs(u, u_packed);
     fence_registers(s);
     fence_registers(u_packed);
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_rs<K, Major::MN>(s, u_packed + 4 * k, advance(kr, k * 16 * kRowBytes));
-    cute::warpgroup_commit_batch();
+    add_update<K>(stage, u_packed, s);
     cute::warpgroup_wait<0>();
     fence_registers(s);
     arrive_at(empty + ring.stage, ctas);
@@ -870,8 +886,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
       scale_by_power(s, exponent - next_exponent);
       exponent = next_exponent;
     }
-#pragma unroll
-    for (int i = 0; i < K / 4; ++i) s_packed[i] = pack<__half>(s[2 * i], s[2 * i + 1]);
+    pack_pairs(s, s_packed);
   };
 
   // The output of the chunk before, transposed into the tile.
@@ -902,14 +917,9 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
     if (p.states != nullptr && c >= segment.first)
       store_state<K>(p, p.states, states_at + c * p.HV * matrix_size, first_row, s, exponent);
     load_decay<K>(stage, decay);  // while the tensor cores, which have the first say in shared memory, are idle
-    const uint64_t w = descriptor_k_major(smem_address(stage + In::kW));
     fence_registers(u);
     fence_registers(s_packed);
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int k = 0; k < K / 16; ++k)
-      wgmma_rs<64, Major::K, ScaleIn::Neg>(u, s_packed + 4 * k, advance(w, k / 4 * kHalfBytes + k % 4 * 32));
-    cute::warpgroup_commit_batch();
+    subtract_known<K>(stage, s_packed, u);
 
     uint32_t state_bits = 0;
     if (c % kRescaleInterval == kRescaleInterval - 1) state_bits = largest_magnitude(s);
@@ -927,15 +937,10 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
     cute::warpgroup_wait<1>();
     fence_registers(u);
     uint32_t u_packed[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) u_packed[i] = pack<__half>(u[2 * i], u[2 * i + 1]);
-    const uint64_t kr = descriptor_mn_major(smem_address(stage + In::kKr));
+    pack_pairs(u, u_packed);
     fence_registers(s);
     fence_registers(u_packed);
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_rs<K, Major::MN>(s, u_packed + 4 * k, advance(kr, k * 16 * kRowBytes));
-    cute::warpgroup_commit_batch();
+    add_update<K>(stage, u_packed, s);
     const uint64_t pd = descriptor_k_major_narrow(smem_address(stage + Smem::kP));
 #pragma unroll
     for (int k = 0; k < 4; ++k) wgmma_rs<64, Major::K>(o, u_packed + 4 * k, advance(pd, k * kPTileBytes));
