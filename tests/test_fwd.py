@@ -481,6 +481,44 @@ def test_every_run_gives_the_same_bits(gate):
         assert torch.equal(again, o) and torch.equal(state_again, state)
 
 
+@pytest.mark.parametrize("T, heads", [(4097, 8), (3072, 10), (2048, 12), (1024, 4)])
+@pytest.mark.parametrize("gate", ["mild", "steep"])
+def test_few_heads_give_the_same_bits(gate, T, heads):
+    """Many CTAs to a chain, which compose states, share it or forget: a race may show once in forty runs."""
+    inputs = arguments(1, T, heads, heads, gate=gate)
+    o, state = kernel(inputs)
+    for _ in range(60):
+        again, state_again = kernel(inputs)
+        assert torch.equal(again, o) and torch.equal(state_again, state)
+
+
+@pytest.mark.parametrize("gate", ["mild", "steep"])
+@pytest.mark.parametrize("lengths, heads", [([1024], 4), ([4096], 8), ([512, 700], 3), ([130], 40)])
+def test_calls_that_need_each_other(lengths, heads, gate):
+    """A call starts while the one before it ends: what that writes is read afterwards, not overwritten early."""
+    inputs = packed(lengths, H=heads, HV=heads, gate=gate)
+    results = []
+    for waits in (True, False):
+        call = dict(inputs)
+        for _ in range(12):
+            call["v"], call["initial_state"] = kernel(call)
+            if waits:
+                torch.cuda.synchronize()
+        results.append((call["v"], call["initial_state"]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("values, states", [(1e30, 1e30), (1e-25, 1e-25), (1e-30, 1.0), (1.0, 1e-30), (1e30, 1.0),
+                                            (1.0, 1e30), (0.0, 1e-20), (0.0, 1e36)])  # fmt: skip
+@pytest.mark.parametrize("T", [200, 1000, 4096])
+def test_magnitudes(T, values, states):
+    """Values and states of any size, also side by side, in chains of one CTA, of two, and composed."""
+    inputs = arguments(1, T, 3, 3, gate="mild")
+    inputs["v"] = (inputs["v"].float() * values).bfloat16()
+    inputs["initial_state"] *= states
+    check(inputs)
+
+
 @pytest.mark.parametrize("steps", [0.0, 1.0, 20.0, 100.0, 3e3, math.inf])
 def test_any_decay_is_exact(steps):
     """Log-decays between 0 and -`steps`, drawn for each token and channel: no factor may overflow, or be clamped."""

@@ -75,8 +75,10 @@ struct PrefillParams {
   int group_heads;                 // heads whose chunks are prepared by turns
   float* retention;                // in the workspace: see record.cuh; null where nobody asks
   int slots;
+  int runs, run_slots;  // runs of slots that `recurrence` begins with at the same time, where it comes after `prepare`
   int composed_chunks;  // chunks for each segment of a chain whose state is composed, at least; 0: none is composed
   char* compositions;   // in the workspace: see record.cuh
+  int scouts;           // CTAs of `recurrence` before all others that only see to it that its instructions are in L2
   int* flags;           // in the workspace: [HV][sequences][segments][V / 64], whether the composition is there
 };
 

@@ -136,6 +136,11 @@ __device__ __forceinline__ void load_tile(const CUtensorMap* map, uint64_t* barr
                                column, head, token, batch);
 }
 
+// Has the copy engine read its map.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
+}
+
 // Has the 128-byte line on its way to L2.
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 

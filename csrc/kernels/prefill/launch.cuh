@@ -45,9 +45,11 @@ cudaError_t launch(int64_t ctas, int cluster, int threads, int smem_bytes, bool 
 template <class Element, int K, Gate kGate, bool kFloatGate>
 cudaError_t launch_prepare(PrefillParams& params, const PrepareMaps& maps, cudaStream_t stream) {
   params.prepare_ctas = prepare_ctas<Element, K, kGate, kFloatGate>() * params.num_sms;
-  return launch<prepare<Element, K, kGate, kFloatGate>>(params.ready == nullptr ? places(params) : params.prepare_ctas,
-                                                        1, kPrepareThreads, PrepareSmem<K, kFloatGate>::kBytes, false,
-                                                        stream, params, maps);
+  const auto run = [&](auto stays, int64_t ctas) {
+    return launch<prepare<Element, K, kGate, kFloatGate, decltype(stays)::value>>(
+        ctas, 1, kPrepareThreads, PrepareSmem<K, kFloatGate>::kBytes, !decltype(stays)::value, stream, params, maps);
+  };
+  return params.ready == nullptr ? run(std::false_type{}, places(params)) : run(std::true_type{}, params.prepare_ctas);
 }
 
 template <class Element, int K, Gate kGate>
@@ -65,13 +67,17 @@ cudaError_t launch_prefill(PrefillParams& params, cudaStream_t stream) {
                                                        : launch_prepare<Element, K, Gate::kNone>(params, stream);
   if (error != cudaSuccess) return error;
   const int parts = params.V / 64 / params.halves;
-  const int64_t ctas = static_cast<int64_t>(params.sequences) * params.HV * parts * params.segments;
-  const auto run = [&](auto halves, auto compose) {
+  const int64_t ctas = static_cast<int64_t>(params.sequences) * params.HV * parts * params.segments + params.scouts;
+  const auto run_with = [&](auto halves, auto compose, auto states) {
     constexpr int kHalves = decltype(halves)::value;
     constexpr bool kCompose = decltype(compose)::value;
-    return launch<recurrence<Element, K, kHalves, kCompose>>(ctas, params.sharers,
-                                                             kRecurrenceThreads<kHalves, kCompose>,
-                                                             RecurrenceSmem<K, kHalves>::kBytes, true, stream, params);
+    return launch<recurrence<Element, K, kHalves, kCompose, decltype(states)::value>>(
+        ctas, params.sharers, kRecurrenceThreads<kHalves, kCompose>, RecurrenceSmem<K, kHalves>::kBytes, true, stream,
+        params);
+  };
+  const auto run = [&](auto halves, auto compose) {
+    return params.states == nullptr ? run_with(halves, compose, std::false_type{})
+                                    : run_with(halves, compose, std::true_type{});
   };
   using One = std::integral_constant<int, 1>;
   if (params.halves == 2) return run(std::integral_constant<int, 2>{}, std::false_type{});

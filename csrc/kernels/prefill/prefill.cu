@@ -25,11 +25,21 @@ int64_t flag_bytes(const PrefillParams& params, int64_t sequences, int segments)
   return params.HV * sequences * segments * (params.V / 64) * sizeof(int);
 }
 
-// CTAs that may share a chain: as many as SMs are left over for it.
+// CTAs of `recurrence` that only see to it that its instructions are in L2: a cluster, where there are clusters.
+constexpr int kScouts = 2;
+
+// SMs that have nothing to prepare.
+int64_t idle_sms(const PrefillParams& params, int64_t slots) {
+  return std::max<int64_t>(params.num_sms - slots * params.HV, 0);
+}
+
+// CTAs that may share a chain: as many as SMs are left over for it. Where half of the SMs have nothing to prepare, these are
+// enough: CTAs that begin on others begin late.
 int segments_of(const PrefillParams& params, int64_t sequences) {
   const int64_t ctas = sequences * params.HV * (params.V / 64), chunks = (params.T + kChunk - 1) / kChunk;
-  return chunks > kMaxPlannedChunks ? 1
-                                    : static_cast<int>(std::max<int64_t>(std::min(params.num_sms / ctas, chunks), 1));
+  const int64_t idle = idle_sms(params, slots_for(params, sequences));
+  const int64_t sms = (2 * idle >= params.num_sms ? idle : params.num_sms) - kScouts;
+  return chunks > kMaxPlannedChunks ? 1 : static_cast<int>(std::max<int64_t>(std::min(sms / ctas, chunks), 1));
 }
 
 // CTAs and chunks of a chain from which on composing pays: with shorter ones, the kernel that cannot compose is faster by more
@@ -144,11 +154,15 @@ cudaError_t prefill(const PrefillParams& given, cudaStream_t stream) {
   for (params.first_sequence = 0; params.first_sequence < params.N; params.first_sequence += step) {
     params.sequences = std::min(step, params.N - params.first_sequence);
     params.slots = static_cast<int>(slots_for(params, params.sequences));
+    params.runs = beside ? 1 : params.sequences * params.segments;
+    params.run_slots = (params.slots + params.runs - 1) / params.runs;
     // With few chains, more SMs serve one: 64 value channels each, and segments of its chunks.
     const int64_t chains = static_cast<int64_t>(params.sequences) * params.HV;
     params.halves = beside ? side.halves : params.V == 128 && 2 * chains > params.num_sms ? 2 : 1;
     const bool shares = params.halves == 1 && params.V == 128 && params.slots * params.HV >= kLeastShared;
     params.sharers = shares ? 2 : 1;
+    const int64_t ctas = chains * (params.V / 64 / params.halves) * params.segments;
+    params.scouts = !beside && ctas + kScouts <= params.num_sms ? kScouts : 0;
     char* room = static_cast<char*>(params.workspace) + params.slots * record_bytes(params);
     if (beside) {
       params.progress = reinterpret_cast<PrepareProgress*>(room);

@@ -39,7 +39,7 @@ constexpr int prepare_ctas() {
       kGate == Gate::kSafe || (kGate == Gate::kSoftplus && std::is_same_v<Element, __nv_bfloat16>);
   return K == 128 && !kFloatGate && kFewRegisters ? 3 : 2;
 }
-constexpr int kStagger = 2500;            // ns between the loads of the first CTAs of an SM
+constexpr int kStagger = 6000;            // cycles between the loads of the first CTAs of an SM
 constexpr int kPair = 1, kWarpgroup = 5;  // named barriers: four and two
 constexpr float kMaxFactored = 232.0f;    // |log2| of what a block decays by; the safe gate stays under 116
 constexpr float kLowestDecay = -192.0f;   // log2; its power is 0 in fp32, and so is that of anything below
@@ -52,6 +52,7 @@ struct Place {
   int slot, batch, token, head;
   int valid;       // tokens; 0: there is no more to do
   uint32_t phase;  // of the barriers
+  int turn;        // in which to load: 0 for at once
 };
 
 template <int K, bool kFloatGate>
@@ -92,6 +93,18 @@ __device__ __forceinline__ bool is_reserved(const PrefillParams& p) {
   asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
   asm volatile("mov.u32 %0, %%nsmid;" : "=r"(sms));
   return sm + p.reserved_sms >= sms;
+}
+
+// Which of the CTAs that this SM has at a time this one is, by the places of its warps.
+__device__ __forceinline__ int place_on_sm() {
+  uint32_t warp;
+  asm volatile("mov.u32 %0, %%warpid;" : "=r"(warp));
+  return static_cast<int>(warp) / (kPrepareThreads / 32);
+}
+
+__device__ __forceinline__ void sleep_for(uint32_t cycles) {
+  const uint32_t start = clock();
+  while (static_cast<uint32_t>(clock()) - start < cycles) __nanosleep(100);
 }
 
 // threadIdx.x, read anew: where registers are scarce, the compiler would rather spill it.
@@ -294,29 +307,22 @@ __device__ __forceinline__ void multiply_by_block_transposed(float (&c)[2][4], c
   }
 }
 
-// Runs of chunks that `recurrence` begins with at the same time, where it comes after this kernel.
-__host__ __device__ __forceinline__ int runs_of(const PrefillParams& p) { return p.sequences * p.segments; }
-
 // Places for chunks and heads, some of them of no chunk.
-__host__ __device__ __forceinline__ int64_t places(const PrefillParams& p) {
-  const int runs = p.ready == nullptr ? runs_of(p) : 1;
-  return static_cast<int64_t>((p.slots + runs - 1) / runs) * runs * p.HV;
-}
+inline int64_t places(const PrefillParams& p) { return static_cast<int64_t>(p.run_slots) * p.runs * p.HV; }
 
 // The chunk and head of place `work`; valid is 0 where there is none. One kernel after the other, the first chunks of the
 // runs come last, so that `recurrence` finds them in L2. Side by side, the order is that of `recurrence`: sequence by
 // sequence, and p.group_heads heads at a time.
-template <int K>
+template <int K, bool kStays>
 __device__ __forceinline__ Place place_of(const PrefillParams& p, int work) {
   int slot = work / p.HV, head = work % p.HV;
-  if (p.ready == nullptr) {
-    const int runs = runs_of(p), run_length = (p.slots + runs - 1) / runs;
-    slot = slot % runs * run_length + run_length - 1 - slot / runs;
+  if constexpr (!kStays) {
+    slot = slot % p.runs * p.run_slots + p.run_slots - 1 - slot / p.runs;
     if (slot >= p.slots) return {};
   }
   const int n = sequence_of_slot(p, slot);
   const Sequence seq = sequence(p, n);
-  if (p.ready != nullptr && p.group_heads < p.HV) {
+  if (kStays && p.group_heads < p.HV) {
     const int slots = (n + 1 < p.first_sequence + p.sequences ? first_slot(p, n + 1) : p.slots) - seq.first_slot;
     const int rest = work - seq.first_slot * p.HV;
     if (slots > 0 && rest >= 0 && rest < slots * p.HV) {  // always, if cu_seqlens is what it should be
@@ -327,7 +333,7 @@ __device__ __forceinline__ Place place_of(const PrefillParams& p, int work) {
     }
   }
   const int first = (slot - seq.first_slot) * kChunk, valid = min(seq.length - first, kChunk);
-  return {record<K>(p, slot, head), slot, seq.batch, seq.start + first, head, first < 0 ? 0 : max(valid, 0), 0};
+  return {record<K>(p, slot, head), slot, seq.batch, seq.start + first, head, first < 0 ? 0 : max(valid, 0), 0, 0};
 }
 
 // The next place that there is work at, for a CTA that stays.
@@ -337,12 +343,14 @@ __device__ __forceinline__ Place next_place(const PrefillParams& p) {
   do {
     const int work = atomicAdd(&p.progress->taken, 1);
     if (work >= p.slots * p.HV) return {};
-    place = place_of<K>(p, work);
+    place = place_of<K, true>(p, work);
   } while (place.valid == 0);
   return place;
 }
 
-template <class Element, int K, Gate kGate, bool kFloatGate>
+// kStays: whether `recurrence` runs beside this kernel, whose CTAs then take one chunk and head after the other. The code for
+// that is in the way of calls that have no use for it, whose instructions come from DRAM.
+template <class Element, int K, Gate kGate, bool kFloatGate, bool kStays>
 __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGate, kFloatGate>())
     prepare(const __grid_constant__ PrefillParams p, const __grid_constant__ PrepareMaps maps) {
   using Smem = PrepareSmem<K, kFloatGate>;
@@ -365,31 +373,40 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
   uint64_t* const inputs_here = reinterpret_cast<uint64_t*>(smem + Smem::kBarriers);
   uint64_t* const value_here = inputs_here + 1;
 
-  launch_dependents();
   constexpr int kCtas = prepare_ctas<Element, K, kGate, kFloatGate>();
 
-  // Nobody has published a composition yet.
-  if (p.flags != nullptr && blockIdx.x < p.HV)
-    for (int i = threadIdx.x; i < p.sequences * p.segments * (p.V / 64); i += kPrepareThreads)
-      flags(p, blockIdx.x, 0)[i] = 0;
-
-  // Tokens after the last sequence: their output is zero.
-  if (p.cu_seqlens != nullptr && p.first_sequence + p.sequences == p.N) {
-    const int covered = bound(p, p.N);
-    for (int i = blockIdx.x; covered < p.T && i < p.slots * p.HV; i += gridDim.x) {
-      const int64_t token = static_cast<int64_t>(i / p.HV) * kChunk + threadIdx.x;
-      if (threadIdx.x >= kChunk || token < covered || token >= p.T) continue;
-      char* out = static_cast<char*>(p.out) + (token * p.out_strides[1] + i % p.HV * p.out_strides[2]) * 2;
-      for (int b = 0; b < p.V * 2; b += 16) *reinterpret_cast<uint4*>(out + b) = uint4{};
+  if (threadIdx.x == 0) {
+    TransactionBarrier::init(inputs_here, 1);
+    TransactionBarrier::init(value_here, 1);
+    cutlass::arch::fence_barrier_init();
+    for (const CUtensorMap* map : {&maps.g, &maps.k, &maps.q, &maps.v}) prefetch_map(map);
+    if (kStays || p.cu_seqlens != nullptr) wait_for_previous_kernel();
+    // Some SMs are left to `recurrence`, unless the CTAs that were to stay away from them have done so already.
+    if (kStays && is_reserved(p) && atomicAdd(&p.progress->left, 1) < p.reserved_sms * kCtas) {
+      *place = {};
+    } else {
+      if constexpr (kStays) {
+        *place = next_place<K>(p);
+      } else {
+        *place = place_of<K, false>(p, blockIdx.x);
+      }
+      // The first CTAs of all would all wait for their loads at the same time, and then all compute. In turn, the first
+      // ones of each SM compute while the others load.
+      if (blockIdx.x < kCtas * p.num_sms && gridDim.x > p.num_sms) place->turn = place_on_sm();
     }
   }
+  __syncthreads();
+  // This kernel may have started while the one before it is still running. Neither its inputs nor the workspace are touched
+  // before the end of that, and `recurrence`, which reads initial states without waiting, starts later.
+  wait_for_previous_kernel();
+  launch_dependents();
 
-  const bool stays = p.ready != nullptr;
-  // Loads q, k and g of `place`; for the thread that writes it, since the others need not know of it first. Whole tiles
-  // come, zeros after the last token of all; tokens of the next sequence are taken care of later.
+  // Loads q, k and g of `place`, for one thread. Whole tiles come, zeros after the last token of all; tokens of the next
+  // sequence are taken care of later.
   const auto load_inputs = [&]() {
     if (place->valid == 0) return;
-    const int head = place->head, key_head = head / (p.HV / p.H), token = place->token, batch = place->batch;
+    const int head = place->head, token = place->token, batch = place->batch;
+    const int key_head = p.HV == p.H ? head : head / (p.HV / p.H);
     TransactionBarrier::arrive_and_expect_tx(inputs_here, (kFloatGate ? 4 : 3) * Smem::kTile);
     constexpr int kGateColumns = kFloatGate ? 32 : 64;
 #pragma unroll
@@ -402,23 +419,19 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
       load_tile(&maps.q, inputs_here, query + c / 64 * kHalfBytes, c, key_head, token, batch);
     }
   };
-  if (threadIdx.x == 0) {
-    TransactionBarrier::init(inputs_here, 1);
-    TransactionBarrier::init(value_here, 1);
-    cutlass::arch::fence_barrier_init();
-    // Some SMs are left to `recurrence`, unless the CTAs that were to stay away from them have done so already.
-    if (stays && is_reserved(p) && atomicAdd(&p.progress->left, 1) < p.reserved_sms * kCtas) {
-      place->valid = 0;
-    } else {
-      // The first CTAs of all would all wait for their loads at the same time, and then all compute. In turn, the first
-      // ones compute while the others load.
-      if (blockIdx.x < kCtas * p.num_sms && gridDim.x > p.num_sms) __nanosleep(blockIdx.x / p.num_sms * kStagger);
-      *place = stays ? next_place<K>(p) : place_of<K>(p, blockIdx.x);
-      load_inputs();
-    }
+  // v comes last; have it on its way to L2 meanwhile, but not before what the first CTAs of all wait for.
+  const auto prefetch_value = [&]() {
+    const int row = this_thread() / 2, half = this_thread() % 2;
+    if (row < place->valid && half * 64 < p.V)
+      prefetch_l2(static_cast<const char*>(p.v) +
+                  (place->batch * p.v_strides[0] + static_cast<int64_t>(place->token + row) * p.v_strides[1] +
+                   place->head * p.v_strides[2] + half * 64) *
+                      2);
+  };
+  if (kStays && threadIdx.x == 0) {
+    if (place->turn > 0) sleep_for(place->turn * kStagger);
+    load_inputs();
   }
-  __syncthreads();
-
   while (place->valid > 0) {
     const int thread = this_thread(), side = __shfl_sync(0xffffffffu, thread >> 7, 0);
     const int warp = __shfl_sync(0xffffffffu, thread >> 5 & 3, 0);  // which block of tokens
@@ -426,7 +439,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
     const BlockAddress block_address(lane);
     const int head = place->head, token = place->token, valid = place->valid, batch = place->batch;
 
-    // All small loads first, so that they wait together.
+    // All small loads first, so that they wait together, and before the large ones of all CTAs are in their way.
     constexpr int kBetaThreads =
         kPrepareThreads - kChunk;  // from here on they look after β, the first K after the bias
     const float log_rate = p.A_log == nullptr ? 0.0f : __ldg(p.A_log + head);
@@ -437,6 +450,10 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
                          static_cast<int64_t>(token + thread - kBetaThreads) * p.beta_strides[1] +
                          head * p.beta_strides[2];
       raw_beta = p.beta_dtype == DType::kFP32 ? load_float<float>(p.beta, at) : load_float<Element>(p.beta, at);
+    }
+    if (!kStays && thread == 0) {
+      if (place->turn > 0) sleep_for(place->turn * kStagger);
+      load_inputs();
     }
     const float rate = exp2_approx(log_rate * kLog2E);
     const GateFunction<kGate> gate{rate * (kGate == Gate::kSafe ? -kLog2E : -kTruncation),
@@ -451,12 +468,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
         b = (p.allow_neg_eigval ? 2.0f : 1.0f) * reciprocal_approx(1.0f + exp2_approx(-b * kLog2E));
       beta_of[thread - kBetaThreads] = thread - kBetaThreads < valid ? b : 0.0f;
     }
-    // v comes last; have it on its way to L2 meanwhile.
-    if (thread / 2 < valid && thread % 2 * 64 < p.V)
-      prefetch_l2(static_cast<const char*>(p.v) +
-                  (batch * p.v_strides[0] + static_cast<int64_t>(token + thread / 2) * p.v_strides[1] +
-                   head * p.v_strides[2] + thread % 2 * 64) *
-                      2);
+    if constexpr (kStays) prefetch_value();
     __syncthreads();
     Barrier::wait(inputs_here, place->phase);
     if (valid < kChunk) {
@@ -646,6 +658,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
       }
     }
     __syncthreads();
+    if constexpr (!kStays) prefetch_value();
     float diagonal[2][4];  // of P for warps 0-3, of A for warps 4-7
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
@@ -822,7 +835,8 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (side == 1) {  // which has nothing else to do here
-        if (i == 0 && stays && this_thread() == kPrepareThreads - 1) place[1] = next_place<K>(p);
+        if constexpr (kStays)
+          if (i == 0 && this_thread() == kPrepareThreads - 1) place[1] = next_place<K>(p);
         break;
       }
       if (i == warp) {
@@ -953,7 +967,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
         if (this_thread() % 128 == 0) retention(p, half, place->head)[place->slot] = chunk_retention[half];
       }
     }
-    if (!stays) break;
+    if constexpr (!kStays) break;
 
     // The record is whole once the copy engine has written its part as well.
     if (this_thread() % 128 == 0) bulk_stores_are_done();
@@ -967,8 +981,24 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
     }
     __syncthreads();
   }
+  // Nobody has published a composition yet.
+  if (p.flags != nullptr && blockIdx.x < p.HV)
+    for (int i = threadIdx.x; i < p.sequences * p.segments * (p.V / 64); i += kPrepareThreads)
+      flags(p, blockIdx.x, 0)[i] = 0;
+
+  // Tokens after the last sequence: their output is zero.
+  if (p.cu_seqlens != nullptr && p.first_sequence + p.sequences == p.N) {
+    const int covered = bound(p, p.N);
+    for (int i = blockIdx.x; covered < p.T && i < p.slots * p.HV; i += gridDim.x) {
+      const int64_t token = static_cast<int64_t>(i / p.HV) * kChunk + threadIdx.x;
+      if (threadIdx.x >= kChunk || token < covered || token >= p.T) continue;
+      char* out = static_cast<char*>(p.out) + (token * p.out_strides[1] + i % p.HV * p.out_strides[2]) * 2;
+      for (int b = 0; b < p.V * 2; b += 16) *reinterpret_cast<uint4*>(out + b) = uint4{};
+    }
+  }
+
   if (this_thread() % 128 == 0) bulk_stores_have_read();
-  if (stays && this_thread() == 0) {
+  if (kStays && this_thread() == 0) {
     __threadfence();
     atomicAdd(&p.progress->finished, 1);
   }

@@ -141,6 +141,7 @@ constexpr int kMaxPlannedChunks = 16384;
 
 // The sequence that slot `slot` belongs to, if any does.
 __device__ __forceinline__ int sequence_of_slot(const PrefillParams& p, int slot) {
+  if (p.sequences == 1) return p.first_sequence;
   if (p.cu_seqlens == nullptr) return p.first_sequence + slot / chunks_of(p.T);
   int lo = p.first_sequence, hi = lo + p.sequences;  // the first slot of lo is ≤ slot, that of hi is not
   while (hi - lo > 1) {

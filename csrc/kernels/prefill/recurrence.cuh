@@ -27,6 +27,9 @@
 // again for the output. The first segment knows its state, and makes N alone from it: what its chunks leave. Where states
 // can't be composed, a second CTA goes through the chunks of the first, without output, and then its own.
 //
+// The first two CTAs are scouts where SMs are left for them: they begin while `prepare` is still at work, and only go through
+// the code, so that the others find their instructions in L2.
+//
 // With many records, the CTAs of both halves of the value channels are a cluster: each copies a part of what both need into
 // the shared memory of both, and a stage is empty when both are done with it (`sharers`).
 //
@@ -36,7 +39,7 @@
 // the size of S every few chunks. Rows never mix, so no two warps need agree on E.
 //
 // P comes without what is 0 above its diagonal blocks; those rows of its tiles are cleared once and stay, since no copy
-// comes there, nor anything else but M where states are composed. Products that leave them out would have another shape than
+// comes there but compositions, after which they are cleared again. Products that leave them out would have another shape than
 // Q Sᵀ on the same accumulators, and the compiler waits between shapes.
 //
 // Shared memory (K = 128): a ring of 3 records with one half of Uᵀ (66 KB each), or of 2 whole ones (74 KB), and for each
@@ -54,6 +57,7 @@ namespace kda {
 template <int kHalves, bool kCompose>
 constexpr int kRecurrenceThreads = kHalves == 2 || kCompose ? 384 : 256;
 constexpr int kHeadroom = 3;         // log2 of the bound on U / 2^E
+constexpr int kNoState = -200;       // exponent of rows that are zero
 constexpr int kRescaleInterval = 8;  // chunks between two looks at the size of S
 
 template <int K, int kHalves>
@@ -73,7 +77,7 @@ struct RecurrenceSmem {
   static constexpr int kBarriers = kTiles + kHalves * kTileBytes;
   // full, empty [kStages]; tile_full, tile_empty [kHalves]; while M and N are made full, empty [kStages]; two more
   static constexpr int kComposingBarriers = kBarriers + 8 * 2 * (kStages + kHalves);
-  static constexpr int kPlan = kComposingBarriers + 8 * (2 * kStages + 2);  // Segment
+  static constexpr int kPlan = kComposingBarriers + 8 * (4 * kStages + 2);  // Segment
   static constexpr int kIsFinite = kPlan + 32;                              // int [4]: a warp's state
   static constexpr int kBytes = kIsFinite + 16;
 };
@@ -85,14 +89,14 @@ struct Segment {
   bool is_last;  // whether its last state is that of the chain
 };
 
-constexpr int kPlanning = 1, kPublishing = 2, kComposing = 3, kClearing = 4;  // named barriers
-constexpr int kLargestHalf = 14;  // log2 of what M and the state it multiplies are scaled to
-template <int K>
-constexpr int kMatrixBuffer = Composition<K>::kMatrixBytes + 1024;  // bytes for M and its exponents in shared memory
-constexpr int kLowestExponent = -400;                               // of rows of M: what is less matters to no state
+constexpr int kJoiningStages = 2;  // of the ring, for compositions
+
+constexpr int kPlanning = 1, kPublishing = 2, kClearing = 3, kChecking = 4;  // named barriers
+constexpr int kLargestHalf = 14;       // log2 of what M and the state it multiplies are scaled to
+constexpr int kLowestExponent = -400;  // of rows of M: what is less matters to no state
 // log2 of what may be left of a state that is taken for forgotten: 72 bits below the last one of fp32.
 constexpr float kForgotten = -96.0f;
-constexpr int kComposingCost = 30;  // fifths of a chunk, whatever the number of segments
+constexpr int kComposingCost = 25;  // fifths of a chunk, whatever the number of segments
 constexpr int kLookBack = 8;        // chunks in which a state is to be forgotten, else it is composed
 
 // What CTA `index` of the p.segments that share a chain is to do, the same for both halves of the value channels; for a whole
@@ -149,17 +153,18 @@ __device__ __forceinline__ Segment plan_segment(const PrefillParams& p, const Se
 
   // The time of the slowest CTA, in fifths of a chunk with output, and which way it is: 0 for two that share the chain, 1
   // for segments that forget, or as many as compose. A chunk without output takes 4, with rows of M beside it 5. Composed,
-  // the first segment has no M and is longer; joining takes more than a chunk for each segment before.
-  const auto first_length = [&](int n) { return 14 * chunks / (10 * n + 4); };
-  const int half = (chunks + 1) / 2;
-  unsigned least = static_cast<unsigned>(9 * half) << 10;
+  // the first segment has no M and is longer; joining takes a chunk for each segment before. Of two that share the chain, the
+  // first one makes most of the output, and the second one all the rest.
+  const auto first_length = [&](int n) { return 5 * chunks / (4 * n + 1); };
+  const int most_of_it = (7 * chunks + 7) / 8;
+  unsigned least = static_cast<unsigned>(5 * most_of_it) << 10;
   if (are_finite && farthest <= kLookBack)
     least = min(least, static_cast<unsigned>(4 * farthest + 5 * length) << 10 | 1);
   if (kCompose && are_finite) {
     const int most = min(min(p.segments, chunks / p.composed_chunks), 1023);
     for (int n = kLeastComposed + lane; n <= most; n += 32) {
       const int others = (chunks - first_length(n) + n - 2) / (n - 1);
-      least = min(least, static_cast<unsigned>(10 * others + 6 * n + kComposingCost) << 10 | static_cast<unsigned>(n));
+      least = min(least, static_cast<unsigned>(10 * others + 5 * n + kComposingCost) << 10 | static_cast<unsigned>(n));
     }
     least = __reduce_min_sync(0xffffffffu, least);
   }
@@ -172,7 +177,7 @@ __device__ __forceinline__ Segment plan_segment(const PrefillParams& p, const Se
     return {first_of(index), first_of(index), first_of(index + 1), n, index == n - 1};
   }
   const bool forgets = (least & 1023) == 1;
-  const int run = forgets ? length : half, first = min(index * run, chunks), end = min(first + run, chunks);
+  const int run = forgets ? length : most_of_it, first = min(index * run, chunks), end = min(first + run, chunks);
   return {first == end ? end
           : forgets    ? first - own
                        : 0,
@@ -277,10 +282,10 @@ __device__ __forceinline__ void set_to_zero(float (&x)[N]) {
 
 template <size_t N>
 __device__ __forceinline__ uint32_t largest_magnitude(const float (&x)[N]) {
-  uint32_t bits = 0;
+  float largest = 0.0f;
 #pragma unroll
-  for (int i = 0; i < N; ++i) bits = max(bits, magnitude_bits(x[i]));
-  return warp_max(bits);
+  for (int i = 0; i < N; ++i) largest = max_or_nan(largest, fabsf(x[i]));
+  return warp_max(__float_as_uint(largest));
 }
 
 // Pairs of accumulators as fp16 operand.
@@ -290,20 +295,20 @@ __device__ __forceinline__ void pack_pairs(const float (&x)[2 * N], uint32_t (&p
   for (int i = 0; i < N; ++i) packed[i] = pack<__half>(x[2 * i], x[2 * i + 1]);
 }
 
-// s *= 2^by
+// s *= 2^by, for `by` of at most 127. Zeros below -126.
 template <size_t N>
 __device__ __forceinline__ void scale_by_power(float (&s)[N], int by) {
-  const float factor = power_of_two(by - by / 2), factor2 = power_of_two(by / 2);
+  const float factor = power_of_two(by);
 #pragma unroll
-  for (int i = 0; i < N; ++i) s[i] = s[i] * factor * factor2;
+  for (int i = 0; i < N; ++i) s[i] *= factor;
 }
 
 // Scales this warp's rows of a state for fp16 and returns their exponent.
 template <size_t N>
 __device__ __forceinline__ int set_exponent(float (&s)[N]) {
   const uint32_t bits = largest_magnitude(s);
-  if (bits == 0) return -200;
-  const int exponent = exponent_of(bits) - kHeadroom;
+  if (bits == 0) return kNoState;
+  const int exponent = max(exponent_of(bits) - kHeadroom, -127);
   scale_by_power(s, -exponent);
   return exponent;
 }
@@ -312,7 +317,7 @@ __device__ __forceinline__ int set_exponent(float (&s)[N]) {
 template <int K>
 __device__ __forceinline__ void store_matrix(char* composition, int group, float (&s)[K / 2], int exponent) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x & 31;
-  const int by = exponent_of(largest_magnitude(s)) - kLargestHalf;
+  const int by = max(exponent_of(largest_magnitude(s)) - kLargestHalf, -127);
   scale_by_power(s, -by);
   char* const tile = composition + Composition<K>::kMatrix + group * kChunk * K * 2;
 #pragma unroll
@@ -324,93 +329,77 @@ __device__ __forceinline__ void store_matrix(char* composition, int group, float
   if (lane == 0) reinterpret_cast<int*>(composition + Composition<K>::kExponents)[4 * group + warp] = exponent + by;
 }
 
-// This thread's share of the rows of N of 64 value channels: every 128th float4.
-template <int K>
-__device__ __forceinline__ float4* rows_of(char* composition, int half) {
-  return reinterpret_cast<float4*>(composition + Composition<K>::kRows + half * Composition<K>::kRowsBytes) +
-         threadIdx.x % 128;
-}
-
-// Writes rows of N, 2^exponent times `s`, which is overwritten.
+// Writes rows of N of 64 value channels, 2^exponent times `s`, which is overwritten.
 template <int K>
 __device__ __forceinline__ void store_rows(char* composition, int half, float (&s)[K / 2], int exponent) {
-  scale_by_power(s, exponent);
-  float4* const to = rows_of<K>(composition, half);
+  scale_by_power(s, exponent - exponent / 2);
+  scale_by_power(s, exponent / 2);
+  float4* const to =
+      reinterpret_cast<float4*>(composition + Composition<K>::kRows + half * Composition<K>::kRowsBytes) +
+      threadIdx.x % 128;
 #pragma unroll
   for (int i = 0; i < K / 8; ++i) to[128 * i] = {s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]};
 }
 
-// The state at the end of the first `count` segments, for a warpgroup. `first` is the composition of the first of them,
-// whose N holds the initial state, and `step` the way to the next one. `buffers` has room for two M.
+// The state at the end of the first `count` segments, whose compositions come one after the other into the stages of the
+// ring but the first one. That of the first segment is without M: its N holds the initial state. For practice nobody brings
+// them, and nobody waits.
 template <int K>
-__device__ __forceinline__ void compose_state(char* first, int64_t step, int count, int half, char* buffers,
-                                              float (&s)[K / 2]) {
+__device__ __forceinline__ void compose_state(const char* ring_stages, uint64_t* full, uint64_t* empty, int count,
+                                              bool practice, float (&s)[K / 2]) {
   using In = Composition<K>;
-  const int thread = threadIdx.x % 128;
-  const auto buffer_of = [&](int segment) { return buffers + segment % 2 * kMatrixBuffer<K>; };
-  // M and its exponents.
-  const auto bring = [&](int segment) {
-    const uint4* const from = reinterpret_cast<const uint4*>(first + segment * step + In::kMatrix);
-    uint4* const to = reinterpret_cast<uint4*>(buffer_of(segment));
-#pragma unroll
-    for (int i = thread; i < In::kRows / 16; i += 128) cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(from[i], to[i]);
-    cute::cp_async_fence();
-  };
-
-  if (count > 1) bring(1);
-#pragma unroll
-  for (int i = 0; i < K / 8; ++i) {
-    const float4 x = __ldcg(rows_of<K>(first, half) + 128 * i);
-    s[4 * i] = x.x;
-    s[4 * i + 1] = x.y;
-    s[4 * i + 2] = x.z;
-    s[4 * i + 3] = x.w;
-  }
+  RingPosition<kJoiningStages> ring;
+  set_to_zero(s);
 #pragma unroll 1
-  for (int segment = 1; segment < count; ++segment) {
-    const char* const matrix = buffer_of(segment);
-    cute::cp_async_wait<0>();
-    fence_async_proxy();
-    named_barrier(kComposing, 128);  // this M is there, and nobody needs the one before any more
-    if (segment + 1 < count) bring(segment + 1);
-    float4 n[K / 8];
+  for (int segment = 0; segment < count; ++segment) {
+    const char* const stage = ring_stages + (ring.stage + 1) * RecurrenceSmem<K, 1>::kStage;
+    if (!practice) Barrier::wait(full + ring.stage, ring.phase);
+    int by = 0;  // the product is 2^by times what the accumulators hold
+    if (segment > 0) {
+      // 16 columns of S meet 16 rows of M, whose exponent goes to the columns. They all get the largest size that fp16 holds.
+      const int* const exponents = reinterpret_cast<const int*>(stage + In::kExponents);
+      int size = kLowestExponent;
 #pragma unroll
-    for (int i = 0; i < K / 8; ++i) n[i] = __ldcg(rows_of<K>(first + segment * step, half) + 128 * i);
+      for (int i = 0; i < K / 16; ++i) {
+        uint32_t bits = 0;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) bits = max(bits, magnitude_bits(s[8 * i + j]));
+        size = max(size, exponent_of(bits) + exponents[i]);
+      }
+      by = __reduce_max_sync(0xffffffffu, size) - kLargestHalf;
+      uint32_t s_packed[K / 4];
+#pragma unroll
+      for (int i = 0; i < K / 16; ++i) {
+        const float factor = power_of_two(exponents[i] - by);
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          s_packed[4 * i + j] = pack<__half>(s[8 * i + 2 * j] * factor, s[8 * i + 2 * j + 1] * factor);
+      }
 
-    // 16 columns of S meet 16 rows of M: their exponent, relative to the largest, goes to the columns.
-    const int* const exponents = reinterpret_cast<const int*>(matrix + In::kExponents);
-    int largest = exponents[0];
+      const uint64_t m = descriptor_mn_major(smem_address(stage + In::kMatrix));
+      fence_registers(s);
+      fence_registers(s_packed);
+      cute::warpgroup_arrive();
 #pragma unroll
-    for (int i = 1; i < K / 16; ++i) largest = max(largest, exponents[i]);
-#pragma unroll
-    for (int i = 0; i < K / 16; ++i) {
-      const float factor = power_of_two(exponents[i] - largest);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) s[8 * i + j] *= factor;
+      for (int k = 0; k < K / 16; ++k)
+        wgmma_rs<K, Major::MN>(s, s_packed + 4 * k, advance(m, k / 4 * (kChunk * K * 2) + k % 4 * 16 * kRowBytes),
+                               k > 0);
+      cute::warpgroup_commit_batch();
+      cute::warpgroup_wait<0>();
+      fence_registers(s);
     }
-    const int by = exponent_of(largest_magnitude(s)) - kLargestHalf;
-    scale_by_power(s, -by);
-    uint32_t s_packed[K / 4];
-    pack_pairs(s, s_packed);
-
-    const uint64_t m = descriptor_mn_major(smem_address(matrix));
-    fence_registers(s);
-    fence_registers(s_packed);
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int k = 0; k < K / 16; ++k)
-      wgmma_rs<K, Major::MN>(s, s_packed + 4 * k, advance(m, k / 4 * (kChunk * K * 2) + k % 4 * 16 * kRowBytes), k > 0);
-    cute::warpgroup_commit_batch();
-    cute::warpgroup_wait<0>();
-    fence_registers(s);
-    scale_by_power(s, largest + by);
+    const float factor = power_of_two(by - by / 2), factor2 = power_of_two(by / 2);
+    const float4* const n = reinterpret_cast<const float4*>(stage + In::kRows) + threadIdx.x % 128;
 #pragma unroll
     for (int i = 0; i < K / 8; ++i) {
-      s[4 * i] += n[i].x;
-      s[4 * i + 1] += n[i].y;
-      s[4 * i + 2] += n[i].z;
-      s[4 * i + 3] += n[i].w;
+      const float4 x = n[128 * i];
+      s[4 * i] = fmaf(s[4 * i] * factor, factor2, x.x);
+      s[4 * i + 1] = fmaf(s[4 * i + 1] * factor, factor2, x.y);
+      s[4 * i + 2] = fmaf(s[4 * i + 2] * factor, factor2, x.z);
+      s[4 * i + 3] = fmaf(s[4 * i + 3] * factor, factor2, x.w);
     }
+    if (!practice) Barrier::arrive(empty + ring.stage);
+    ring.next();
   }
 }
 
@@ -419,7 +408,7 @@ __device__ __forceinline__ void compose_state(char* first, int64_t step, int cou
 __device__ __forceinline__ int next_exponent_of(int exponent, uint32_t bits, int wanted) {
   int next = exponent;
   if (bits != 0) {
-    const int size = exponent + exponent_of(bits) - kHeadroom;
+    const int size = exponent + max(exponent_of(bits), kHeadroom - 127) - kHeadroom;  // a step that one factor can do
     // Not at every small change: a little off either way is within fp16's range.
     if (size >= exponent + 7 || (size <= exponent - 8 && wanted <= exponent - 8)) next = size;
   }
@@ -609,8 +598,9 @@ __device__ __forceinline__ int wait_until_ready(const PrefillParams& p, int firs
   return min(c + (missing == 0 ? 32 : __ffs(missing) - 1), end);
 }
 
-// kCompose: whether CTAs that share a chain may compose its states.
-template <class Element, int K, int kHalves, bool kCompose>
+// kCompose: whether CTAs that share a chain may compose its states. kStates: whether the states between chunks are stored:
+// calls without that get a kernel without those instructions, which come from DRAM, and would make the loop twice as long.
+template <class Element, int K, int kHalves, bool kCompose, bool kStates>
 __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
     recurrence(const __grid_constant__ PrefillParams p) {
   static_assert(kHalves == 1 || !kCompose);
@@ -626,11 +616,17 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
   uint64_t* const composing_empty = composing_full + Smem::kStages;
   uint64_t* const drained = composing_empty + Smem::kStages;  // M and N are made
   uint64_t* const composed = drained + 1;                     // the first state is there
+  uint64_t* const joining_full = composed + 1;                // a composition is there
+  uint64_t* const joining_empty = joining_full + Smem::kStages;
 
   const int warpgroup = cutlass::canonical_warp_group_idx();
   const int parts = p.V / 64 / kHalves, segments = kHalves == 1 ? p.segments : 1;
-  const int part = blockIdx.x % parts, index = blockIdx.x / parts % segments;
-  const int chain = blockIdx.x / parts / segments, head = chain % p.HV, n = p.first_sequence + chain / p.HV;
+  // The first CTAs begin while `prepare` is still at work, and do only this: plan, carry a chunk and compose a state, of
+  // whatever lies in shared memory. Then the instructions are in L2 when the others need them, and don't come from DRAM.
+  const bool is_scout = blockIdx.x < p.scouts;
+  const int block = is_scout ? 0 : blockIdx.x - p.scouts;
+  const int part = block % parts, index = block / parts % segments;
+  const int chain = block / parts / segments, head = chain % p.HV, n = p.first_sequence + chain / p.HV;
   const Sequence seq = sequence(p, n);
   const int chunks = chunks_of(seq.length);
   Segment* const plan = reinterpret_cast<Segment*>(smem + Smem::kPlan);
@@ -638,7 +634,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
   Segment segment{0, 0, chunks, 0, true};
   // CTAs of a cluster that share their records, each of which copies a part of them for both: one for each half of the value
   // channels.
-  const int sharers = kHalves == 1 ? p.sharers : 1;
+  const int sharers = kHalves == 1 && !is_scout ? p.sharers : 1;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < Smem::kStages; ++i) {
@@ -646,6 +642,8 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
       Barrier::init(empty + i, arrivals(128 * kHalves, sharers));
       Barrier::init(composing_full + i, 1);
       Barrier::init(composing_empty + i, arrivals(256, sharers));
+      Barrier::init(joining_full + i, 1);
+      Barrier::init(joining_empty + i, 128);
     }
     for (int i = 0; i < kHalves; ++i) {
       Barrier::init(tile_full + i, 128);
@@ -655,6 +653,10 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
     Barrier::init(composed, arrivals(128, sharers));
     cutlass::arch::fence_barrier_init();
     *plan = segment;
+    if (is_scout) {  // everything is there, as it were
+      Barrier::arrive(full);
+      Barrier::arrive(composing_full);
+    }
   }
   sharers == 2 ? cute::cluster_sync() : __syncthreads();
 
@@ -669,19 +671,22 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
     cutlass::arch::warpgroup_reg_dealloc<kThreads == 256 ? 72 : 40>();
     const int warp = cutlass::canonical_warp_idx_sync() - 4 * kCopying, lane = threadIdx.x & 31;
     if (warp == 0) {
-      // Planned twice: the first time while `prepare` is still at work, so that the instructions have come from DRAM.
+      // Planned twice: the first time while `prepare` is still at work, for the instructions.
 #pragma unroll 1
-      for (bool rehearses = segments > 1;; rehearses = false) {
-        if (!rehearses && p.ready == nullptr) wait_for_previous_kernel();
+      for (bool rehearses = segments > 1 && 4 * blockIdx.x < 3 * gridDim.x;; rehearses = false) {
+        if (!rehearses && !is_scout && p.ready == nullptr) wait_for_previous_kernel();
         if (segments > 1) segment = plan_segment<kCompose>(p, seq, head, index, rehearses);
-        if (!rehearses) break;
+        if (!rehearses || is_scout) break;
       }
     }
+    if (is_scout) return;
     if (segments > 1) {
-      cute::cluster_sync();  // the initial states have been looked at
+      sharers == 2 ? cute::cluster_sync()
+                   : named_barrier(kChecking, kThreads);  // the initial states have been looked at
       if (warp == 0) {
         // Where one is to start with zeros, but the initial state of either half is not finite, both start with that.
-        const int finite = lane < 4 * sharers ? load_from(is_finite + lane % 4, lane / 4) : 1;
+        int finite = 1;
+        if (lane < 4 * sharers) finite = sharers == 2 ? load_from(is_finite + lane % 4, lane / 4) : is_finite[lane];
         if (!__all_sync(0xffffffffu, finite) && segment.composed == 0 && segment.first < segment.end) segment.start = 0;
         if (lane == 0) *plan = segment;
       }
@@ -726,16 +731,40 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
     }
     RingPosition<Smem::kStages> ring;
     int ready = p.ready == nullptr ? segment.end : segment.start;  // chunks before it are there
+    const bool joins = kCompose && index > 0 && index < segment.composed;
     for (int c = segment.start; c < segment.end; ++c) {
       if (c >= ready) ready = wait_until_ready(p, seq.first_slot, head, c, segment.end);
       if (lane != 0) continue;
+      if (joins && c == segment.first + 1) {
+        // The first record is on its way to the first stage. The others are for the compositions of the segments before. CTAs
+        // begin in the order of their numbers, and those that this one waits for have lower ones: nobody waits for one that
+        // finds no place to run.
+        const int* flag = flags(p, head, n - p.first_sequence);
+        const char* from = composition<K>(p, seq.first_slot, head);
+        RingPosition<kJoiningStages> place;
+#pragma unroll 1
+        for (int i = 0; i < index; ++i) {
+          for (int j = 0; j < parts; ++j, ++flag)
+            while (load_flag(flag) == 0) {
+            }
+          fence_global_proxy();
+          uint64_t* const barrier = joining_full + place.stage;
+          Barrier::wait(joining_empty + place.stage, place.phase ^ 1);
+          char* const to = smem + (place.stage + 1) * Smem::kStage;
+          const int matrix_bytes = i > 0 ? Composition<K>::kRows : 0;
+          TransactionBarrier::arrive_and_expect_tx(barrier, matrix_bytes + Composition<K>::kRowsBytes);
+          if (i > 0) bulk_load(from, barrier, to, matrix_bytes, 1);
+          bulk_load(from + Composition<K>::kRows + part * Composition<K>::kRowsBytes, barrier,
+                    to + Composition<K>::kRows, Composition<K>::kRowsBytes, 1);
+          from += static_cast<int64_t>(p.HV) * Composition<K>::bytes(p.V);
+          place.next();
+        }
+        Barrier::wait(composed, 0);
+      }
       const bool has_output = c >= segment.first;
       const char* in = record<K>(p, seq.first_slot + c, head);
       char* to = smem + ring.stage * Smem::kStage;
       uint64_t* barrier = full + ring.stage;
-      // The last stage of the ring is where the first state is composed: its zeros are there again, too.
-      if (kCompose && segment.composed > 0 && index > 0 && c == segment.first + Smem::kStages - 1)
-        Barrier::wait(composed, 0);
       // Not all at once in the beginning, when all CTAs wait for their first one.
       if (Smem::kStages > 2 && c == segment.start + 2) Barrier::wait(full, 0);
       Barrier::wait(empty + ring.stage, ring.phase ^ 1);
@@ -765,9 +794,6 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
   // ------------------------------------------------------------------------------------------------------------ state
   cutlass::arch::warpgroup_reg_alloc<kThreads == 256 ? 248 : 232>();
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread & 31, t = lane & 3;
-  const int64_t composition_step =
-      static_cast<int64_t>(p.HV) * Composition<K>::bytes(p.V);  // from a segment to the next
-  char* const first_composition = p.composed_chunks > 0 ? composition<K>(p, seq.first_slot, head) : nullptr;
   float s[K / 2];
   int exponent;  // S is 2^exponent times what the registers hold
 
@@ -776,7 +802,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
   const int64_t matrix_size = static_cast<int64_t>(K) * p.V;
   const int64_t matrix = (static_cast<int64_t>(n) * p.HV + head) * matrix_size;
   char* const tile = smem + Smem::kTiles + warpgroup * Smem::kTileBytes;
-  static_assert(!kCompose || 2 * kMatrixBuffer<K> <= Smem::kStage);
+  static_assert(!kCompose || Composition<K>::bytes(64) <= Smem::kStage);
 
   const bool carries_state = !kCompose || warpgroup == 0;  // else helps with M only
   const auto load_initial_state = [&]() {
@@ -787,26 +813,30 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
     }
   };
   // What this segment's chunks do to any state: N by the first warpgroup, from zeros, and M by the second.
-  const auto make_composition = [&]() {
+  const auto make_composition = [&](char* to) {
     RingPosition<RecurrenceSmem<K, 1>::kStages> ring;
-    char* const to = first_composition + index * composition_step;
-    for (int pass = 0; pass < composing_passes(); ++pass) {
+    const int passes = is_scout ? 1 : composing_passes();
+    for (int pass = 0; pass < passes; ++pass) {
       const int group = part + pass * parts, row = 64 * group + 16 * warp + (lane >> 2);
       const int count = segment.end - segment.first;
-      if (index == 0 && warpgroup == 1) {
+      const bool has_matrix = index > 0 || is_scout;
+      if (!has_matrix && warpgroup == 1) {
         for (int c = 0; c < count; ++c, ring.next()) {
           Barrier::wait(composing_full + ring.stage, ring.phase);
           arrive_at(composing_empty + ring.stage, sharers);
         }
         break;
       }
-      if (index > 0) {
+      if (has_matrix) {
 #pragma unroll
         for (int i = 0; i < K / 2; ++i)
-          s[i] = warpgroup == 1 && row + (i >> 1 & 1) * 8 == 8 * (i >> 2) + 2 * t + (i & 1) ? 1.0f : 0.0f;
+          s[i] = warpgroup == 1 && row + (i >> 1 & 1) * 8 == 8 * (i >> 2) + 2 * t + (i & 1) ? 1 << kHeadroom : 0.0f;
+        exponent = warpgroup == 1 ? -kHeadroom : kNoState;
+      } else {
+        exponent = set_exponent(s);
       }
-      exponent = set_exponent(s);
       carry_state<K>(smem, composing_full, composing_empty, sharers, count, warpgroup == 0, part, ring, s, exponent);
+      if (is_scout) return;
       if (warpgroup == 0) {
         store_rows<K>(to, part, s, exponent);  // in every pass the same
       } else if (group < K / 64) {
@@ -819,53 +849,51 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
     named_barrier(kPublishing, 256);
   };
 
-  int* const chain_flags = flags(p, head, n - p.first_sequence);
   load_initial_state();
   if (carries_state) {  // while the state is on its way; no copy touches these rows, of whichever CTA
 #pragma unroll
     for (int i = 0; i < Smem::kStages; ++i) clear_above_diagonal(smem + i * Smem::kStage + Smem::kP);
     fence_async_proxy();
-    named_barrier(kClearing, 128 * kHalves);
   }
-  if (segments > 1) {
+  named_barrier(kClearing, kThreads - 128);
+  int chunks_before = 0;  // of other sequences, where intermediate states are stored
+
+  RingPosition<Smem::kStages> ring;
+  if (is_scout) {  // a chunk without output, of a state of zeros
+    segment = {0, 1, kCompose && !carries_state ? 2 : 1, kLeastComposed, false};
+    set_to_zero(s);
+  } else if (segments > 1) {
     const bool finite = exponent_of(largest_magnitude(s)) < 128;
     if (carries_state && lane == 0) is_finite[warp] = finite;
-    cute::cluster_sync();
+    sharers == 2 ? cute::cluster_sync() : named_barrier(kChecking, kThreads);
     named_barrier(kPlanning, kThreads);
     segment = *plan;
     if (segment.start > 0) set_to_zero(s);
   }
   if constexpr (kCompose) {
-    const bool makes_composition = composing_passes() > 0;
-    if (makes_composition) make_composition();
-    if (!carries_state) return;
-    if (makes_composition && thread == 0) set_flag(chain_flags + index * parts + part);
-    if (index > 0 && index < segment.composed) {
-      // CTAs begin in the order of their numbers, and those that this one waits for have lower ones: nobody waits for
-      // one that finds no place to run.
-      for (int i = thread; i < index * parts; i += 128)
-        while (load_flag(chain_flags + i) == 0) {
-        }
-      named_barrier(kComposing, 128);
-      char* const buffers = smem + (Smem::kStages - 1) * Smem::kStage;
-      compose_state<K>(first_composition, composition_step, index, half, buffers, s);
-      if (index > 1) {  // M may lie where those zeros were
-        named_barrier(kComposing, 128);
-        clear_above_diagonal(buffers + Smem::kP);
+    char* const compositions = segment.composed > 0 ? composition<K>(p, seq.first_slot, head) : nullptr;
+    const int64_t step = static_cast<int64_t>(p.HV) * Composition<K>::bytes(p.V);  // from a segment to the next
+    const bool makes_composition = is_scout ? !carries_state : composing_passes() > 0;
+    if (makes_composition) make_composition(compositions + index * step);
+    if (makes_composition && thread == 0 && carries_state)
+      set_flag(flags(p, head, n - p.first_sequence) + index * parts + part);
+    const bool joins = index > 0 && index < segment.composed;
+    if (is_scout ? !carries_state : joins && carries_state) {
+      compose_state<K>(smem, joining_full, joining_empty, is_scout ? 2 : index, is_scout, s);
+      if (!is_scout) {
+        named_barrier(kClearing, 128);  // all have read the last composition
+#pragma unroll
+        for (int i = 1; i < Smem::kStages; ++i) clear_above_diagonal(smem + i * Smem::kStage + Smem::kP);
         fence_async_proxy();
+        arrive_at(composed, sharers);
       }
-      arrive_at(composed, sharers);
     }
+    if (!carries_state) return;
   }
-
-  int64_t states_at = 0;  // where the intermediate states of this sequence go
-  if (p.states != nullptr) {
-    int before = 0;
+  if constexpr (kStates) {
     if (p.cu_seqlens != nullptr)
-      for (int m = lane; m < n; m += 32) before += chunks_of(sequence(p, m).length);
-    before = __reduce_add_sync(0xffffffffu, before);
-    if (p.cu_seqlens == nullptr) before = n * chunks;
-    states_at = (static_cast<int64_t>(before) * p.HV + head) * matrix_size;
+      for (int m = lane; m < n; m += 32) chunks_before += chunks_of(sequence(p, m).length);
+    chunks_before = p.cu_seqlens == nullptr ? n * chunks : __reduce_add_sync(0xffffffffu, chunks_before);
   }
 
   float u[32], o[32], decay[K / 4];
@@ -903,19 +931,25 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
     Barrier::arrive(tile_full + warpgroup);
   };
 
-  exponent = set_exponent(s);
-  RingPosition<Smem::kStages> ring;
+  // Where there is no state, these are right.
+#pragma unroll
+  for (int i = 0; i < K / 4; ++i) s_packed[i] = 0;
+  const bool has_state =
+      !is_scout && (segment.start == 0 || segment.composed > 0);  // else it is zero, and so is `s_packed`
+  exponent = has_state ? set_exponent(s) : kNoState;
+  next_exponent = exponent;
   if (segment.start < segment.end) {
     Barrier::wait(full + ring.stage, ring.phase);
     load_next_u(smem + ring.stage * Smem::kStage, 0);
-    pack_state();
+    has_state ? pack_state() : void(exponent = next_exponent);
   }
   // Before `segment.first` the output is that of leftovers in shared memory, and nobody takes it: a loop of its own for these
   // chunks would make the compiler spill.
   for (int c = segment.start; c < segment.end; ++c) {
     const char* stage = smem + ring.stage * Smem::kStage;
-    if (p.states != nullptr && c >= segment.first)
-      store_state<K>(p, p.states, states_at + c * p.HV * matrix_size, first_row, s, exponent);
+    if (kStates && c >= segment.first)
+      store_state<K>(p, p.states, (static_cast<int64_t>(chunks_before + c) * p.HV + head) * matrix_size, first_row, s,
+                     exponent);
     load_decay<K>(stage, decay);  // while the tensor cores, which have the first say in shared memory, are idle
     fence_registers(u);
     fence_registers(s_packed);
@@ -977,7 +1011,9 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
     arrive_at(empty + stage_in_use, sharers);
     fence_registers(o_packed);  // `o` and `decay` are never both alive: there is no room
   }
+  launch_dependents();  // not earlier: CTAs of the next kernel would crowd the SMs that are free first
   if (segment.first < segment.end) hand_over_output();
+  if (is_scout) return;
   if (p.final_state != nullptr && plan->is_last) store_state<K>(p, p.final_state, matrix, first_row, s, exponent);
   if (sharers == 2) cute::cluster_sync();  // the other CTA may still have to tell this one's barriers that it is done
 }
