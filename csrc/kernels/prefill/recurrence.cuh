@@ -681,8 +681,8 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
     }
     if (is_scout) return;
     if (segments > 1) {
-      sharers == 2 ? cute::cluster_sync()
-                   : named_barrier(kChecking, kThreads);  // the initial states have been looked at
+      named_barrier(kChecking, kThreads);  // the initial states have been looked at
+      if (sharers == 2) cute::cluster_sync();
       if (warp == 0) {
         // Where one is to start with zeros, but the initial state of either half is not finite, both start with that.
         int finite = 1;
@@ -865,7 +865,8 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
   } else if (segments > 1) {
     const bool finite = exponent_of(largest_magnitude(s)) < 128;
     if (carries_state && lane == 0) is_finite[warp] = finite;
-    sharers == 2 ? cute::cluster_sync() : named_barrier(kChecking, kThreads);
+    named_barrier(kChecking, kThreads);
+    if (sharers == 2) cute::cluster_sync();
     named_barrier(kPlanning, kThreads);
     segment = *plan;
     if (segment.start > 0) set_to_zero(s);
