@@ -91,7 +91,7 @@ struct Segment {
 
 constexpr int kJoiningStages = 2;  // of the ring, for compositions
 
-constexpr int kPlanning = 1, kPublishing = 2, kClearing = 3, kChecking = 4;  // named barriers
+constexpr int kPlanning = 1, kPublishing = 2, kClearing = 3;  // named barriers
 constexpr int kLargestHalf = 14;       // log2 of what M and the state it multiplies are scaled to
 constexpr int kLowestExponent = -400;  // of rows of M: what is less matters to no state
 // log2 of what may be left of a state that is taken for forgotten: 72 bits below the last one of fp32.
@@ -681,7 +681,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
     }
     if (is_scout) return;
     if (segments > 1) {
-      named_barrier(kChecking, kThreads);  // the initial states have been looked at
+      __syncthreads();  // the initial states have been looked at
       if (sharers == 2) cute::cluster_sync();
       if (warp == 0) {
         // Where one is to start with zeros, but the initial state of either half is not finite, both start with that.
@@ -865,7 +865,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
   } else if (segments > 1) {
     const bool finite = exponent_of(largest_magnitude(s)) < 128;
     if (carries_state && lane == 0) is_finite[warp] = finite;
-    named_barrier(kChecking, kThreads);
+    __syncthreads();
     if (sharers == 2) cute::cluster_sync();
     named_barrier(kPlanning, kThreads);
     segment = *plan;
