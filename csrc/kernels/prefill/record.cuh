@@ -116,8 +116,10 @@ struct Composition {
   __host__ __device__ static constexpr int bytes(int V) { return kRows + V / 64 * kRowsBytes; }
 };
 
-constexpr int kLeastComposed = 3;        // segments; the second of two has nothing to gain
-constexpr int kLeastComposedChunks = 4;  // for each of them on average: to join one takes more than a chunk
+constexpr int kLeastComposed = 3;  // segments; the second of two has nothing to gain
+// For each of them on average: to join one takes a chunk. So none has fewer than three, and compositions can come between the
+// first record and the second.
+constexpr int kLeastComposedChunks = 4;
 
 // Compositions of a head, at most: a chain of n chunks has up to n / composed_chunks.
 __host__ __device__ inline int64_t compositions_for(int64_t slots, int composed_chunks) {
