@@ -55,9 +55,13 @@ def main() -> None:
 
     times: dict[Path, dict[str, list[float]]] = {build: {} for build in args.builds}
     floors: dict[str, float] = {}
-    options = [*sys.argv[1:]]
-    for build in args.builds:
-        options.remove(str(build))
+    options = [
+        *(["--cases", *args.cases] if args.cases else []),
+        "--regimes",
+        *args.regimes,
+        "--repeats",
+        str(args.repeats),
+    ]
     for _ in range(args.rounds):
         for build in args.builds:
             command = [sys.executable, __file__, str(build), CHILD, *options]

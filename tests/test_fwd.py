@@ -512,7 +512,7 @@ def test_calls_that_need_each_other(lengths, heads, gate):
                                             (1.0, 1e30), (0.0, 1e-20), (0.0, 1e36)])  # fmt: skip
 @pytest.mark.parametrize("T", [200, 1000, 4096])
 def test_magnitudes(T, values, states):
-    """Values and states of any size, also side by side, in chains of one CTA, of two, and composed."""
+    """Values and states of any size, alike or not, in short chains and in composed ones."""
     inputs = arguments(1, T, 3, 3, gate="mild")
     inputs["v"] = (inputs["v"].float() * values).bfloat16()
     inputs["initial_state"] *= states

@@ -28,16 +28,11 @@ int64_t flag_bytes(const PrefillParams& params, int64_t sequences, int segments)
 // CTAs of `recurrence` that only see to it that its instructions are in L2: a cluster, where there are clusters.
 constexpr int kScouts = 2;
 
-// SMs that have nothing to prepare.
-int64_t idle_sms(const PrefillParams& params, int64_t slots) {
-  return std::max<int64_t>(params.num_sms - slots * params.HV, 0);
-}
-
 // CTAs that may share a chain: as many as SMs are left over for it. Where half of the SMs have nothing to prepare, these are
 // enough: CTAs that begin on others begin late.
 int segments_of(const PrefillParams& params, int64_t sequences) {
   const int64_t ctas = sequences * params.HV * (params.V / 64), chunks = (params.T + kChunk - 1) / kChunk;
-  const int64_t idle = idle_sms(params, slots_for(params, sequences));
+  const int64_t idle = params.num_sms - slots_for(params, sequences) * params.HV;
   const int64_t sms = (2 * idle >= params.num_sms ? idle : params.num_sms) - kScouts;
   return chunks > kMaxPlannedChunks ? 1 : static_cast<int>(std::max<int64_t>(std::min(sms / ctas, chunks), 1));
 }

@@ -428,10 +428,11 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
                    place->head * p.v_strides[2] + half * 64) *
                       2);
   };
-  if (kStays && threadIdx.x == 0) {
+  const auto load_first_inputs = [&]() {
     if (place->turn > 0) sleep_for(place->turn * kStagger);
     load_inputs();
-  }
+  };
+  if (kStays && threadIdx.x == 0) load_first_inputs();
   while (place->valid > 0) {
     const int thread = this_thread(), side = __shfl_sync(0xffffffffu, thread >> 7, 0);
     const int warp = __shfl_sync(0xffffffffu, thread >> 5 & 3, 0);  // which block of tokens
@@ -451,10 +452,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
                          head * p.beta_strides[2];
       raw_beta = p.beta_dtype == DType::kFP32 ? load_float<float>(p.beta, at) : load_float<Element>(p.beta, at);
     }
-    if (!kStays && thread == 0) {
-      if (place->turn > 0) sleep_for(place->turn * kStagger);
-      load_inputs();
-    }
+    if (!kStays && thread == 0) load_first_inputs();
     const float rate = exp2_approx(log_rate * kLog2E);
     const GateFunction<kGate> gate{rate * (kGate == Gate::kSafe ? -kLog2E : -kTruncation),
                                    p.lower_bound * (kLog2E * kTruncation)};

@@ -667,6 +667,9 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
     return index == 0 ? 1 : (K / 64 + parts - 1) / parts;
   };
 
+  // Whether this segment's first state is composed of those before it.
+  const auto joins = [&]() { return kCompose && index > 0 && index < segment.composed; };
+
   if (warpgroup == kCopying) {  // ---------------------------------------------------------------------------- copies
     cutlass::arch::warpgroup_reg_dealloc<kThreads == 256 ? 72 : 40>();
     const int warp = cutlass::canonical_warp_idx_sync() - 4 * kCopying, lane = threadIdx.x & 31;
@@ -731,11 +734,10 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
     }
     RingPosition<Smem::kStages> ring;
     int ready = p.ready == nullptr ? segment.end : segment.start;  // chunks before it are there
-    const bool joins = kCompose && index > 0 && index < segment.composed;
     for (int c = segment.start; c < segment.end; ++c) {
       if (c >= ready) ready = wait_until_ready(p, seq.first_slot, head, c, segment.end);
       if (lane != 0) continue;
-      if (joins && c == segment.first + 1) {
+      if (joins() && c == segment.first + 1) {
         // The first record is on its way to the first stage. The others are for the compositions of the segments before. CTAs
         // begin in the order of their numbers, and those that this one waits for have lower ones: nobody waits for one that
         // finds no place to run.
@@ -878,8 +880,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
     if (makes_composition) make_composition(compositions + index * step);
     if (makes_composition && thread == 0 && carries_state)
       set_flag(flags(p, head, n - p.first_sequence) + index * parts + part);
-    const bool joins = index > 0 && index < segment.composed;
-    if (is_scout ? !carries_state : joins && carries_state) {
+    if (is_scout ? !carries_state : joins() && carries_state) {
       compose_state<K>(smem, joining_full, joining_empty, is_scout ? 2 : index, is_scout, s);
       if (!is_scout) {
         named_barrier(kClearing, 128);  // all have read the last composition
