@@ -1,9 +1,10 @@
 """Times the prefill operators on one GPU beside every peer that is installed, in floors, and measures their errors.
 
 GPU time by CUDA-graph replay with a cold L2: a graph runs one call on each of several sets of inputs, together larger
-than the L2 cache, and the median of its replays is divided by the number of calls. One floor is the time that reading
-q, k, v, g, β and the initial state and writing the output and the final state takes at the copy bandwidth measured in
-the same run, and 5 µs for launch, first bytes and drain. K = V = 128, bf16, fp32 states.
+than the L2 cache, and the median of its replays is divided by the number of calls; before, the GPU rests for a moment.
+One floor is the time that reading q, k, v, g, β and the initial state and writing the output and the final state takes
+at the copy bandwidth measured in the same run, and 5 µs for launch, first bytes and drain. K = V = 128, bf16, fp32
+states.
 
     python scripts/bench_prefill.py --json prefill.json && python scripts/plot_prefill.py prefill.json prefill.svg
 """
@@ -31,6 +32,7 @@ from kda_hf import ops
 WIDTH = 128  # of K and V
 LOWER_BOUND = -5.0
 LAUNCH = 5e-6  # seconds that a floor allows for launch, first bytes and drain
+PAUSE = 0.3  # seconds before a timing: what ran before at full power must not have the GPU lower its clock in this one
 MIXED = [1300, 547, 2048, 963, 271, 3063]
 
 
@@ -200,6 +202,8 @@ def seconds(calls: list[Callable[[], object]], repeats: int) -> float:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
+    torch.cuda.synchronize()
+    time.sleep(PAUSE)
     graph.replay()
     times = []
     for _ in range(repeats):

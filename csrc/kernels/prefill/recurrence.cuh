@@ -852,12 +852,11 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
   };
 
   load_initial_state();
-  if (carries_state) {  // while the state is on its way; no copy touches these rows, of whichever CTA
+  if (carries_state && !is_scout) {  // while the state is on its way; no copy touches these rows, of whichever CTA
 #pragma unroll
     for (int i = 0; i < Smem::kStages; ++i) clear_above_diagonal(smem + i * Smem::kStage + Smem::kP);
     fence_async_proxy();
   }
-  named_barrier(kClearing, kThreads - 128);
   int chunks_before = 0;  // of other sequences, where intermediate states are stored
 
   RingPosition<Smem::kStages> ring;
@@ -872,6 +871,8 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
     named_barrier(kPlanning, kThreads);
     segment = *plan;
     if (segment.start > 0) set_to_zero(s);
+  } else {
+    named_barrier(kClearing, kThreads - 128);  // the zeros are there
   }
   if constexpr (kCompose) {
     char* const compositions = segment.composed > 0 ? composition<K>(p, seq.first_slot, head) : nullptr;
