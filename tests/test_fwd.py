@@ -610,6 +610,35 @@ def test_intermediate_states(lengths, state_v_first, state):
         assert kernel(inputs, return_intermediate_states=True, cu_seqlens_cpu=bounds)[2].shape[1] == count
 
 
+# More value heads than the workspace may hold at a time: halves of one group, uneven parts of it, and groups.
+LARGE_RECORDS = {
+    "half a group": (1, 16, 128, 128),
+    "parts of a group": (1, 11, 128, 64),
+    "groups": (3, 12, 128, 64),
+    "one group a part": (2, 34, 64, 64),
+}
+
+
+@pytest.mark.parametrize("lengths", [None, [4000, 1, 0, 1099]], ids=["dense", "packed"])
+@pytest.mark.parametrize("shape", LARGE_RECORDS.values(), ids=LARGE_RECORDS)
+def test_workspace_of_at_most_twice_the_inputs(shape, lengths):
+    shape = dict(zip(("H", "HV", "K", "V"), shape, strict=True))
+    inputs = arguments(1, 5100, gate="mild", **shape) if lengths is None else packed(lengths, gate="mild", **shape)
+    if lengths is not None:
+        inputs["beta"] = inputs["beta"].float()
+    kernel(inputs)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = kernel(inputs, return_intermediate_states=True)
+    workspace = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
+    assert 2**20 < workspace <= 2 * sum(x.nbytes for x in inputs.values() if isinstance(x, torch.Tensor))
+    expected = exact(inputs)
+    assert_close(*results[:2], expected)
+    count = sum(-(-length // 64) for length in lengths or [5100])
+    assert error(results[2][:, :count], expected[2][:, :count]) <= STATE_BOUND
+
+
 @pytest.mark.parametrize("cuts", [[64], [1], [63, 65], [100, 101, 500], list(range(16, 1000, 16))])
 @pytest.mark.parametrize("gate", ["mild", "bimodal softplus"])
 def test_calls_that_pass_the_state_on_equal_one_call(cuts, gate):

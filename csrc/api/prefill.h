@@ -63,7 +63,9 @@ struct PrefillParams {
   void* workspace;  // prefill_workspace_bytes, of any content, 256-byte aligned; null where that is 0
   int num_sms;
 
-  // Set by `prefill`, which launches for a range of sequences at a time where records of all would need too much room.
+  // Set by `prefill`, which launches for a range of heads and sequences at a time where records of all would need too much
+  // room. H, HV and what has heads are then those of the range, but for the states' stride.
+  int state_heads;
   int first_sequence, sequences;
   int halves;    // 64 value channels each, that a CTA of `recurrence` carries
   int segments;  // CTAs that share a chain of chunks

@@ -10,6 +10,8 @@ cudaError_t launch_prefill(PrefillParams& params, cudaStream_t stream);  // pref
 
 namespace {
 
+int64_t element_bytes(DType dtype) { return dtype == DType::kFP32 ? 4 : 2; }
+
 int64_t record_bytes(const PrefillParams& params) {
   return params.HV * static_cast<int64_t>(params.K == 64 ? Record<64>::kBytes : Record<128>::kBytes);
 }
@@ -91,13 +93,16 @@ SideBySide side_by_side(const PrefillParams& params, int64_t sequences) {
 
 int64_t ready_bytes(const PrefillParams& params) { return params.HV * static_cast<int64_t>(sizeof(int)); }
 
+int64_t input_bytes(const PrefillParams& params) {
+  const int64_t token_bytes = (2 * params.H * params.K + params.HV * params.V) * element_bytes(params.dtype) +
+                              params.HV * params.K * element_bytes(params.g_dtype);
+  return params.B * params.T * token_bytes;
+}
+
 // Sequences of one launch: as many as keep the records within twice the inputs, since a short sequence takes as much room
 // as one of 64 tokens. Never so few that launches get in the way.
 int64_t sequences_at_a_time(const PrefillParams& params) {
-  const int64_t element = 2, gate_element = params.g_dtype == DType::kFP32 ? 4 : 2;
-  const int64_t token_bytes =
-      (2 * params.H * params.K + params.HV * params.V) * element + params.HV * params.K * gate_element;
-  const int64_t room = 2 * params.B * params.T * token_bytes / record_bytes(params);
+  const int64_t room = 2 * input_bytes(params) / record_bytes(params);
   const int64_t chunks = (params.T + kChunk - 1) / kChunk;
   const int64_t sequences = params.cu_seqlens == nullptr ? room / chunks : room - params.T / kChunk;
   const int64_t least = params.cu_seqlens == nullptr ? (64 + chunks - 1) / chunks : 64;
@@ -111,19 +116,8 @@ cudaError_t launch(PrefillParams& params, cudaStream_t stream) {
   return params.K == 64 ? launch_prefill<__half, 64>(params, stream) : launch_prefill<__half, 128>(params, stream);
 }
 
-}  // namespace
-
-const char* prefill_refusal(const PrefillParams& params) {
-  if (params.dtype == DType::kFP32) return "`q` is float32; the CUDA kernels take bfloat16 and float16";
-  if (params.state_dtype == DType::kFP16)
-    return "`initial_state` is float16; the CUDA kernels take float32 and bfloat16";
-  if (params.K != 64 && params.K != 128) return "`q` has a head dimension other than 64 and 128";
-  if (params.V != 64 && params.V != 128) return "`v` has a head dimension other than 64 and 128";
-  if (slots_for(params, params.N) * params.HV > INT32_MAX) return "`q` has too many tokens for one launch";
-  return nullptr;
-}
-
-size_t prefill_workspace_bytes(const PrefillParams& params) {
+// Of a launch for all heads of `params`, and for as many sequences as go at a time.
+int64_t workspace_bytes(const PrefillParams& params) {
   const int64_t sequences = sequences_at_a_time(params), slots = slots_for(params, sequences);
   int64_t bytes = slots * record_bytes(params);
   if (side_by_side(params, sequences).reserved_sms > 0)
@@ -136,8 +130,7 @@ size_t prefill_workspace_bytes(const PrefillParams& params) {
   return bytes;
 }
 
-cudaError_t prefill(const PrefillParams& given, cudaStream_t stream) {
-  PrefillParams params = given;
+cudaError_t launch_for_all_sequences(PrefillParams params, cudaStream_t stream) {
   const int step = static_cast<int>(sequences_at_a_time(params));
   // Of the last, smaller launch, too: the workspace is made for these.
   const SideBySide side = side_by_side(params, step);
@@ -175,6 +168,91 @@ cudaError_t prefill(const PrefillParams& given, cudaStream_t stream) {
     if (cudaError_t error = launch(params, stream); error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+// Heads of one launch: all of them, unless its workspace would be larger than twice the inputs. Records take more room than
+// that where many value heads share one of q and k, and V is 64.
+constexpr int64_t kSmallWorkspace = int64_t{32} << 20;  // bytes that nobody needs to save
+
+template <class Void>  // void or const void
+Void* moved(Void* base, int64_t bytes) {
+  return base == nullptr ? nullptr : reinterpret_cast<Void*>(reinterpret_cast<uintptr_t>(base) + bytes);
+}
+
+// `count` value heads from `first` on: whole groups of those that share a head of q and k, or a part of one group.
+PrefillParams heads_of(const PrefillParams& params, int first, int count) {
+  const int group = params.HV / params.H;
+  const int64_t element = element_bytes(params.dtype), matrix = static_cast<int64_t>(params.K) * params.V;
+  const int64_t state_bytes = first * matrix * element_bytes(params.state_dtype);
+  PrefillParams part = params;
+  part.HV = count;
+  part.H = std::max(count / group, 1);
+  part.q = moved(params.q, first / group * params.q_strides[2] * element);
+  part.k = moved(params.k, first / group * params.k_strides[2] * element);
+  part.v = moved(params.v, first * params.v_strides[2] * element);
+  part.g = moved(params.g, first * params.g_strides[2] * element_bytes(params.g_dtype));
+  part.beta = moved(params.beta, first * params.beta_strides[2] * element_bytes(params.beta_dtype));
+  part.out = moved(params.out, first * params.out_strides[2] * element);
+  if (params.A_log != nullptr) part.A_log += first;
+  if (params.dt_bias != nullptr) part.dt_bias += static_cast<int64_t>(first) * params.K;
+  part.initial_state = moved(params.initial_state, state_bytes);
+  part.final_state = moved(params.final_state, state_bytes);
+  part.states = moved(params.states, state_bytes);
+  return part;
+}
+
+int heads_at_a_time(const PrefillParams& params) {
+  const int group = params.HV / params.H;
+  const int64_t state_bytes = params.initial_state == nullptr ? 0
+                                                              : static_cast<int64_t>(params.N) * params.HV * params.K *
+                                                                    params.V * element_bytes(params.state_dtype);
+  const int64_t most = std::max(2 * (input_bytes(params) + state_bytes), kSmallWorkspace);
+  int heads = params.HV;
+  for (int parts = 2; heads > 1 && workspace_bytes(heads_of(params, 0, heads)) > most; ++parts) {
+    const int groups = (params.H + parts - 1) / parts;
+    heads = parts <= params.H ? groups * group : (group + parts / params.H - 1) / (parts / params.H);
+  }
+  return heads;
+}
+
+// Calls `f` for the heads of each launch.
+template <class Function>
+cudaError_t for_heads_of_launches(const PrefillParams& params, const Function& f) {
+  const int step = heads_at_a_time(params), group = params.HV / params.H;
+  for (int head = 0; head < params.HV;) {
+    const int count = std::min(step, step < group ? group - head % group : params.HV - head);
+    if (cudaError_t error = f(heads_of(params, head, count)); error != cudaSuccess) return error;
+    head += count;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+const char* prefill_refusal(const PrefillParams& params) {
+  if (params.dtype == DType::kFP32) return "`q` is float32; the CUDA kernels take bfloat16 and float16";
+  if (params.state_dtype == DType::kFP16)
+    return "`initial_state` is float16; the CUDA kernels take float32 and bfloat16";
+  if (params.K != 64 && params.K != 128) return "`q` has a head dimension other than 64 and 128";
+  if (params.V != 64 && params.V != 128) return "`v` has a head dimension other than 64 and 128";
+  if (slots_for(params, params.N) * params.HV > INT32_MAX) return "`q` has too many tokens for one launch";
+  return nullptr;
+}
+
+size_t prefill_workspace_bytes(const PrefillParams& params) {
+  int64_t bytes = 0;
+  for_heads_of_launches(params, [&](const PrefillParams& part) {
+    bytes = std::max(bytes, workspace_bytes(part));
+    return cudaSuccess;
+  });
+  return bytes;
+}
+
+cudaError_t prefill(const PrefillParams& given, cudaStream_t stream) {
+  PrefillParams params = given;
+  params.state_heads = params.HV;
+  return for_heads_of_launches(params,
+                               [&](const PrefillParams& part) { return launch_for_all_sequences(part, stream); });
 }
 
 }  // namespace kda

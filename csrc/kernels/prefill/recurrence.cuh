@@ -802,7 +802,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
   const int half = part * kHalves + warpgroup;  // which 64 value channels
   const int first_row = 64 * half + 16 * warp;
   const int64_t matrix_size = static_cast<int64_t>(K) * p.V;
-  const int64_t matrix = (static_cast<int64_t>(n) * p.HV + head) * matrix_size;
+  const int64_t matrix = (static_cast<int64_t>(n) * p.state_heads + head) * matrix_size;
   char* const tile = smem + Smem::kTiles + warpgroup * Smem::kTileBytes;
   static_assert(!kCompose || Composition<K>::bytes(64) <= Smem::kStage);
 
@@ -951,8 +951,8 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kHalves, kCompose>, 1)
   for (int c = segment.start; c < segment.end; ++c) {
     const char* stage = smem + ring.stage * Smem::kStage;
     if (kStates && c >= segment.first)
-      store_state<K>(p, p.states, (static_cast<int64_t>(chunks_before + c) * p.HV + head) * matrix_size, first_row, s,
-                     exponent);
+      store_state<K>(p, p.states, (static_cast<int64_t>(chunks_before + c) * p.state_heads + head) * matrix_size,
+                     first_row, s, exponent);
     load_decay<K>(stage, decay);  // while the tensor cores, which have the first say in shared memory, are idle
     fence_registers(u);
     fence_registers(s_packed);
