@@ -117,8 +117,7 @@ struct Composition {
 };
 
 constexpr int kLeastComposed = 3;  // segments; the second of two has nothing to gain
-// For each of them on average: to join one takes a chunk. So none has fewer than three, and compositions can come between the
-// first record and the second.
+// For each of them: to join one takes a chunk. Compositions come between the first record and the second.
 constexpr int kLeastComposedChunks = 4;
 
 // Compositions of a head, at most: a chain of n chunks has up to n / composed_chunks.

@@ -152,10 +152,9 @@ __device__ __forceinline__ Segment plan_segment(const PrefillParams& p, const Se
   const bool are_finite = __all_sync(0xffffffffu, magnitude_bits(sum) < 0x7f800000u);
 
   // The time of the slowest CTA, in fifths of a chunk with output, and which way it is: 0 for two that share the chain, 1
-  // for segments that forget, or as many as compose. A chunk without output takes 4, with rows of M beside it 5. Composed,
-  // the first segment has no M and is longer; joining takes a chunk for each segment before. Of two that share the chain, the
-  // first one makes most of the output, and the second one all the rest.
-  const auto first_length = [&](int n) { return 5 * chunks / (4 * n + 1); };
+  // for segments that forget, or as many as compose. A chunk without output takes 4, with rows of M beside it 5. Joining
+  // takes a chunk for each segment before. Of two that share the chain, the first one makes most of the output, and the
+  // second one all the rest.
   const int most_of_it = (7 * chunks + 7) / 8;
   unsigned least = static_cast<unsigned>(5 * most_of_it) << 10;
   if (are_finite && farthest <= kLookBack)
@@ -163,18 +162,15 @@ __device__ __forceinline__ Segment plan_segment(const PrefillParams& p, const Se
   if (kCompose && are_finite) {
     const int most = min(min(p.segments, chunks / p.composed_chunks), 1023);
     for (int n = kLeastComposed + lane; n <= most; n += 32) {
-      const int others = (chunks - first_length(n) + n - 2) / (n - 1);
-      least = min(least, static_cast<unsigned>(10 * others + 5 * n + kComposingCost) << 10 | static_cast<unsigned>(n));
+      const int longest = (chunks + n - 1) / n;
+      least = min(least, static_cast<unsigned>(10 * longest + 5 * n + kComposingCost) << 10 | static_cast<unsigned>(n));
     }
     least = __reduce_min_sync(0xffffffffu, least);
   }
   own = __reduce_max_sync(0xffffffffu, static_cast<unsigned>(own));
   if (const int n = least & 1023; kCompose && n > 1) {
-    const int longer = first_length(n);
-    const auto first_of = [&](int i) {
-      return i == 0 ? 0 : i >= n ? chunks : longer + (chunks - longer) * (i - 1) / (n - 1);
-    };
-    return {first_of(index), first_of(index), first_of(index + 1), n, index == n - 1};
+    const int first = chunks * min(index, n) / n;
+    return {first, first, chunks * min(index + 1, n) / n, n, index == n - 1};
   }
   const bool forgets = (least & 1023) == 1;
   const int run = forgets ? length : most_of_it, first = min(index * run, chunks), end = min(first + run, chunks);
