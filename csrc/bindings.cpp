@@ -19,6 +19,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "api/decode.h"
 #include "api/prefill.h"
 
 // Only a torch with CUDA has it. Weak, so that the extension loads, and can say what it needs, with a CPU torch too.
@@ -156,19 +157,30 @@ int as_int(int64_t size, const char* name) {
   return static_cast<int>(size);
 }
 
-// Without tokens the final state is the initial one.
-void pass_state_on(const void* initial_state, void* final_state, size_t bytes, cudaStream_t stream) {
-  if (final_state == nullptr || final_state == initial_state || bytes == 0) return;
-  check_cuda(initial_state == nullptr
-                 ? cudaMemsetAsync(final_state, 0, bytes, stream)
-                 : cudaMemcpyAsync(final_state, initial_state, bytes, cudaMemcpyDeviceToDevice, stream),
-             "final state");
-}
+// The arguments that all KDA operators share.
+struct Arguments {
+  Tensor q, k, v, g, beta;
+  double scale;
+  Tensor out;
+  MaybeTensor A_log, dt_bias;
+  std::optional<double> lower_bound;
+  MaybeTensor initial_state, final_state, states, cu_seqlens;
+  bool use_gate, use_qk_norm, use_beta_sigmoid, allow_neg_eigval, state_v_first;
 
-void prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, Tensor out, MaybeTensor A_log,
-             MaybeTensor dt_bias, std::optional<double> lower_bound, MaybeTensor initial_state, MaybeTensor final_state,
-             MaybeTensor states, MaybeTensor cu_seqlens, bool use_gate, bool use_qk_norm, bool use_beta_sigmoid,
-             bool allow_neg_eigval, bool state_v_first) {
+  // Checks all of them and sets sizes, dtypes and flags. States have `rows` rows, or one a sequence; `states` has `count` in
+  // its second dimension, or as many as there are chunks of 64 tokens.
+  void check(kda::KdaParams& params, std::optional<int64_t> rows, std::optional<int64_t> count) const;
+
+  // Whether there is nothing to compute: then the final state is the initial one, which this sees to.
+  bool are_empty(const kda::KdaParams& params, cudaStream_t stream);
+
+  // Sets pointers and strides, of copies where a kernel could not read what the caller gave.
+  void point(kda::KdaParams& params);
+
+  int32_t device() const { return q.get_device_index(); }
+};
+
+void Arguments::check(kda::KdaParams& params, std::optional<int64_t> rows, std::optional<int64_t> count) const {
   // Shapes
   require(q.dim() == 4, "`q` must have shape [B, T, H, K]");
   require(v.dim() == 4, "`v` must have shape [B, T, HV, V]");
@@ -188,14 +200,14 @@ void prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, 
             "`cu_seqlens` must have shape [N + 1] with N >= 1, and B must be 1");
     N = cu_seqlens->size(0) - 1;
   }
-  const int64_t rows = state_v_first ? V : K, columns = state_v_first ? K : V;
+  const int64_t matrix_rows = state_v_first ? V : K, columns = state_v_first ? K : V;
   for (const MaybeTensor* state : {&initial_state, &final_state}) {
-    require(!*state || has_shape(**state, {N, HV, rows, columns}),
+    require(!*state || has_shape(**state, {rows.value_or(N), HV, matrix_rows, columns}),
             "`initial_state` and `final_state` must have shape [N, HV, V, K], or [N, HV, K, V]");
   }
   if (states) {
     const int64_t dense = (T + 63) / 64, most = (T + 63 * N) / 64;
-    require(has_shape(*states, {B, cu_seqlens ? std::min(T, most) : dense, HV, rows, columns}),
+    require(has_shape(*states, {B, count.value_or(cu_seqlens ? std::min(T, most) : dense), HV, matrix_rows, columns}),
             "`states` must have shape [B, NT, HV, V, K], or [B, NT, HV, K, V]");
   }
   require(!lower_bound || (*lower_bound >= -5 && *lower_bound <= 0), "`lower_bound` must be in [-5, 0]");
@@ -225,17 +237,15 @@ void prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, 
   }
 
   // Devices
-  const int32_t device = q.get_device_index();
   for (const Tensor* x : {&q, &k, &v, &g, &beta, &out}) {
-    require(x->is_cuda() && x->get_device_index() == device, "the tensors must be on one CUDA device");
+    require(x->is_cuda() && x->get_device_index() == device(), "the tensors must be on one CUDA device");
   }
   for (const MaybeTensor* x : {&A_log, &dt_bias, &initial_state, &final_state, &states, &cu_seqlens}) {
-    require(!*x || ((*x)->is_cuda() && (*x)->get_device_index() == device), "the tensors must be on one CUDA device");
+    require(!*x || ((*x)->is_cuda() && (*x)->get_device_index() == device()), "the tensors must be on one CUDA device");
   }
-  const DeviceInfo info = device_info(device);
+  const DeviceInfo info = device_info(device());
   require(info.capability == 90, "the device is not of compute capability 9.0");
 
-  kda::PrefillParams params{};
   params.B = as_int(B, "q"), params.T = as_int(T, "q"), params.H = as_int(H, "q"), params.K = as_int(K, "q");
   params.HV = as_int(HV, "v"), params.V = as_int(V, "v"), params.N = as_int(N, "cu_seqlens");
   params.dtype = dtype_of(dtype, "q");
@@ -250,63 +260,256 @@ void prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, 
   params.allow_neg_eigval = allow_neg_eigval;
   params.state_v_first = state_v_first;
   params.num_sms = info.sms;
-  if (const char* reason = kda::prefill_refusal(params)) refuse(reason);
+}
 
-  // From here on the call is served.
-  int32_t current = device;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&current));
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  if (current != device) guard.emplace(device);
-  check_cuda(cudaSetDevice(device), "device");  // the CUDA runtime in this library is not torch's
-  void* stream_handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_handle));
-  const auto stream = static_cast<cudaStream_t>(stream_handle);
-
-  if (initial_state && !is_plain(*initial_state)) initial_state = fresh_copy(*initial_state);
-  if (cu_seqlens && !cu_seqlens->is_contiguous()) cu_seqlens = fresh_copy(*cu_seqlens);
-  Output output(out, has_aligned_rows), final_output(final_state, is_plain), states_output(states, is_plain);
-  params.initial_state = initial_state ? initial_state->const_data_ptr() : nullptr;
-  params.final_state = final_output.data();
-  params.states = states_output.data();
-
-  if (B * T * HV * N == 0) {
-    if (final_state) {
-      const size_t bytes = static_cast<size_t>(final_state->numel()) * final_state->element_size();
-      pass_state_on(params.initial_state, params.final_state, bytes, stream);
-      final_output.copy_back();
-    }
-    return;
-  }
-
+void Arguments::point(kda::KdaParams& params) {
   q = with_aligned_rows(q), k = with_aligned_rows(k), v = with_aligned_rows(v), g = with_aligned_rows(g);
   set_strides(q, params.q_strides), set_strides(k, params.k_strides), set_strides(v, params.v_strides);
   set_strides(g, params.g_strides), set_strides(beta, params.beta_strides);
-  set_strides(output.tensor(), params.out_strides);
   params.q = q.const_data_ptr(), params.k = k.const_data_ptr(), params.v = v.const_data_ptr();
-  params.g = g.const_data_ptr(), params.beta = beta.const_data_ptr(), params.out = output.data();
+  params.g = g.const_data_ptr(), params.beta = beta.const_data_ptr();
   params.A_log = fp32_data(A_log), params.dt_bias = fp32_data(dt_bias);
+  if (initial_state && !is_plain(*initial_state)) initial_state = fresh_copy(*initial_state);
+  params.initial_state = initial_state ? initial_state->const_data_ptr() : nullptr;
+  if (cu_seqlens && !cu_seqlens->is_contiguous()) cu_seqlens = fresh_copy(*cu_seqlens);
   params.cu_seqlens = cu_seqlens ? cu_seqlens->const_data_ptr() : nullptr;
   params.cu_seqlens_is_int64 = cu_seqlens && cu_seqlens->scalar_type() == ScalarType::Long;
+}
+
+bool Arguments::are_empty(const kda::KdaParams& params, cudaStream_t stream) {
+  if (static_cast<int64_t>(params.B) * params.T * params.HV * params.N != 0) return false;
+  if (final_state && initial_state) {
+    if (final_state->get() != initial_state->get()) torch::stable::copy_(*final_state, *initial_state);
+  } else if (final_state) {
+    torch::stable::zero_(*final_state);
+  }
+  return true;
+}
+
+// The tensor's device for the calls of this library's CUDA runtime, which is not torch's, and the stream on it.
+class Place {
+ public:
+  explicit Place(int32_t device) {
+    int32_t current = device;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&current));
+    if (current != device) guard_.emplace(device);
+    check_cuda(cudaSetDevice(device), "device");
+    void* handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &handle));
+    stream_ = static_cast<cudaStream_t>(handle);
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+void prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, Tensor out, MaybeTensor A_log,
+             MaybeTensor dt_bias, std::optional<double> lower_bound, MaybeTensor initial_state, MaybeTensor final_state,
+             MaybeTensor states, MaybeTensor cu_seqlens, bool use_gate, bool use_qk_norm, bool use_beta_sigmoid,
+             bool allow_neg_eigval, bool state_v_first) {
+  Arguments arguments{q,
+                      k,
+                      v,
+                      g,
+                      beta,
+                      scale,
+                      out,
+                      A_log,
+                      dt_bias,
+                      lower_bound,
+                      initial_state,
+                      final_state,
+                      states,
+                      cu_seqlens,
+                      use_gate,
+                      use_qk_norm,
+                      use_beta_sigmoid,
+                      allow_neg_eigval,
+                      state_v_first};
+  kda::PrefillParams params{};
+  arguments.check(params, std::nullopt, std::nullopt);
+  if (const char* reason = kda::prefill_refusal(params)) refuse(reason);
+
+  // From here on the call is served.
+  const Place place(arguments.device());
+  if (arguments.are_empty(params, place.stream())) return;
+  arguments.point(params);
+  Output output(out, has_aligned_rows), final_output(final_state, is_plain), states_output(states, is_plain);
+  set_strides(output.tensor(), params.out_strides);
+  params.out = output.data(), params.final_state = final_output.data(), params.states = states_output.data();
 
   MaybeTensor workspace;  // torch's allocator takes it back for later work of this stream
   if (const size_t bytes = kda::prefill_workspace_bytes(params)) {
     const auto size = static_cast<int64_t>(bytes), stride = int64_t{1};
     AtenTensorHandle handle = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
-                                                    aoti_torch_device_type_cuda(), device, &handle));
+                                                    aoti_torch_device_type_cuda(), arguments.device(), &handle));
     workspace.emplace(handle);
     params.workspace = workspace->mutable_data_ptr();
   }
-  check_cuda(kda::prefill(params, stream), "prefill");
+  check_cuda(kda::prefill(params, place.stream()), "prefill");
   output.copy_back();
   final_output.copy_back();
   states_output.copy_back();
 }
 
-// Why no prefill call of these widths and dtypes could be served, or an empty string. Needs no device.
-std::string prefill_refusal(int64_t K, int64_t V, ScalarType dtype, ScalarType state_dtype) {
+void recurrent(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, Tensor out, MaybeTensor A_log,
+               MaybeTensor dt_bias, std::optional<double> lower_bound, MaybeTensor initial_state,
+               MaybeTensor final_state, MaybeTensor states, MaybeTensor cu_seqlens, MaybeTensor state_indices,
+               bool use_gate, bool use_qk_norm, bool use_beta_sigmoid, bool allow_neg_eigval, bool state_v_first) {
+  Arguments arguments{q,
+                      k,
+                      v,
+                      g,
+                      beta,
+                      scale,
+                      out,
+                      A_log,
+                      dt_bias,
+                      lower_bound,
+                      initial_state,
+                      final_state,
+                      states,
+                      cu_seqlens,
+                      use_gate,
+                      use_qk_norm,
+                      use_beta_sigmoid,
+                      allow_neg_eigval,
+                      state_v_first};
+  kda::RecurrentParams params{};
+  std::optional<int64_t> rows;
+  if (state_indices) {
+    require(initial_state && final_state, "`state_indices` needs `initial_state`, a pool that is the final state, too");
+    require(initial_state->dim() == 4, "`initial_state` must have shape [P, HV, V, K], or [P, HV, K, V]");
+    rows = initial_state->size(0);
+  }
+  arguments.check(params, rows, q.dim() == 4 ? q.size(1) : 0);
+  params.rows = rows ? as_int(*rows, "initial_state") : params.N;
+  if (const char* reason = kda::recurrent_refusal(params)) refuse(reason);
+  if (state_indices) {
+    require(has_shape(*state_indices, {params.N}), "`state_indices` must have shape [N]");
+    require(state_indices->scalar_type() == ScalarType::Int || state_indices->scalar_type() == ScalarType::Long,
+            "`state_indices` must be int32 or int64");
+    require(state_indices->is_cuda() && state_indices->get_device_index() == arguments.device(),
+            "the tensors must be on one CUDA device");
+    require(initial_state->const_data_ptr() == final_state->const_data_ptr() && is_plain(*initial_state) &&
+                is_plain(*final_state),
+            "`initial_state` must be contiguous with `state_indices`");
+  }
+
+  const Place place(arguments.device());
+  if (!state_indices && arguments.are_empty(params, place.stream())) return;
+  if (static_cast<int64_t>(params.B) * params.T * params.HV * params.N == 0) return;  // no state of a pool changes
+  arguments.point(params);
+  Output output(out, has_aligned_rows), final_output(final_state, is_plain), states_output(states, is_plain);
+  set_strides(output.tensor(), params.out_strides);
+  params.out = output.data(), params.final_state = final_output.data(), params.states = states_output.data();
+  if (state_indices && !state_indices->is_contiguous()) state_indices = fresh_copy(*state_indices);
+  params.state_indices = state_indices ? state_indices->const_data_ptr() : nullptr;
+  params.state_indices_is_int64 = state_indices && state_indices->scalar_type() == ScalarType::Long;
+  check_cuda(kda::recurrent(params, place.stream()), "recurrent");
+  output.copy_back();
+  final_output.copy_back();
+  states_output.copy_back();
+}
+
+void decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor output_gate, double scale, Tensor out,
+                 MaybeTensor A_log, MaybeTensor dt_bias, std::optional<double> lower_bound, Tensor recurrent_state,
+                 Tensor conv_state, Tensor q_conv_weight, Tensor k_conv_weight, Tensor v_conv_weight,
+                 Tensor norm_weight, double norm_eps, MaybeTensor state_indices, bool allow_neg_eigval,
+                 bool state_v_first) {
+  require(recurrent_state.dim() == 4, "`recurrent_state` must have shape [P, HV, V, K], or [P, HV, K, V]");
+  Arguments arguments{q,
+                      k,
+                      v,
+                      g,
+                      beta,
+                      scale,
+                      out,
+                      A_log,
+                      dt_bias,
+                      lower_bound,
+                      recurrent_state,
+                      recurrent_state,
+                      std::nullopt,
+                      std::nullopt,
+                      true,
+                      true,
+                      true,
+                      allow_neg_eigval,
+                      state_v_first};
+  kda::DecodeStepParams params{};
+  const int64_t rows = recurrent_state.size(0);
+  arguments.check(params, rows, std::nullopt);
+  require(params.T == 1, "`q` must have one token a sequence");
+  require(state_indices || rows == params.N, "`recurrent_state` must have a row for each sequence");
+  params.rows = as_int(rows, "recurrent_state");
+
+  const int64_t key_channels = int64_t{params.H} * params.K, value_channels = int64_t{params.HV} * params.V;
+  require(q_conv_weight.dim() == 2, "`q_conv_weight` must have shape [H * K, W]");
+  const int64_t width = q_conv_weight.size(1);
+  params.conv_width = as_int(width, "q_conv_weight");
+  if (const char* reason = kda::decode_step_refusal(params)) refuse(reason);
+  require(has_shape(output_gate, {params.B, 1, params.HV, params.V}), "`output_gate` must have the shape of `v`");
+  require(has_shape(q_conv_weight, {key_channels, width}), "`q_conv_weight` must have shape [H * K, W]");
+  require(has_shape(k_conv_weight, {key_channels, width}), "`k_conv_weight` must have shape [H * K, W]");
+  require(has_shape(v_conv_weight, {value_channels, width}), "`v_conv_weight` must have shape [HV * V, W]");
+  require(has_shape(norm_weight, {params.V}), "`norm_weight` must have shape [V]");
+  require(has_shape(conv_state, {rows, 2 * key_channels + value_channels, width}),
+          "`conv_state` must have shape [P, 2 H K + HV V, W]");
+  require(!state_indices || has_shape(*state_indices, {params.N}), "`state_indices` must have shape [N]");
+
+  const ScalarType dtype = q.scalar_type(), weight_dtype = norm_weight.scalar_type();
+  require(output_gate.scalar_type() == dtype, "`output_gate` must have the dtype of `q`");
+  for (const Tensor* x : {&q_conv_weight, &k_conv_weight, &v_conv_weight}) {
+    require(x->scalar_type() == weight_dtype, "the weights must have one dtype");
+  }
+  for (const Tensor* x : {&norm_weight, &conv_state}) {
+    require(x->scalar_type() == dtype || x->scalar_type() == ScalarType::Float,
+            "the weights and `conv_state` must have the dtype of `q`, or float32");
+  }
+  require(!state_indices || state_indices->scalar_type() == ScalarType::Int ||
+              state_indices->scalar_type() == ScalarType::Long,
+          "`state_indices` must be int32 or int64");
+  for (const Tensor* x : {&output_gate, &q_conv_weight, &k_conv_weight, &v_conv_weight, &norm_weight, &conv_state}) {
+    require(x->is_cuda() && x->get_device_index() == arguments.device(), "the tensors must be on one CUDA device");
+  }
+  require(!state_indices || (state_indices->is_cuda() && state_indices->get_device_index() == arguments.device()),
+          "the tensors must be on one CUDA device");
+  require(is_plain(recurrent_state), "`recurrent_state` must be contiguous");
+  require(is_plain(conv_state), "`conv_state` must be contiguous");
+
+  const Place place(arguments.device());
+  if (params.B == 0) return;
+  arguments.point(params);
+  params.final_state = recurrent_state.mutable_data_ptr();
+  const auto as_rows = [](Tensor& x) { return (x.is_contiguous() ? x : x = fresh_copy(x)).const_data_ptr(); };
+  params.q_conv_weight = as_rows(q_conv_weight), params.k_conv_weight = as_rows(k_conv_weight);
+  params.v_conv_weight = as_rows(v_conv_weight), params.norm_weight = as_rows(norm_weight);
+  output_gate = with_aligned_rows(output_gate);
+  set_strides(output_gate, params.output_gate_strides);
+  params.output_gate = output_gate.const_data_ptr();
+  params.norm_eps = static_cast<float>(norm_eps);
+  params.conv_state = conv_state.mutable_data_ptr();
+  params.weight_dtype = dtype_of(weight_dtype, "norm_weight");
+  params.conv_state_dtype = dtype_of(conv_state.scalar_type(), "conv_state");
+  if (state_indices) params.state_indices = as_rows(*state_indices);
+  params.state_indices_is_int64 = state_indices && state_indices->scalar_type() == ScalarType::Long;
+  Output output(out, has_aligned_rows);
+  set_strides(output.tensor(), params.out_strides);
+  params.out = output.data();
+  check_cuda(kda::decode_step(params, place.stream()), "decode_step");
+  output.copy_back();
+}
+
+// Why no call with these widths and dtypes could be served, or an empty string. Needs no device.
+template <class Params>
+std::string refusal(const char* (&of)(const Params&), int64_t K, int64_t V, ScalarType dtype, ScalarType state_dtype) {
   try {
-    kda::PrefillParams params{};
+    Params params{};
     params.B = params.T = params.H = params.HV = params.N = 1;
     params.K = as_int(K, "q"), params.V = as_int(V, "v");
     params.dtype = params.g_dtype = params.beta_dtype = dtype_of(dtype, "q");
@@ -315,11 +518,19 @@ std::string prefill_refusal(int64_t K, int64_t V, ScalarType dtype, ScalarType s
     params.lower_bound = -5;
     params.scale = 1;
     params.use_qk_norm = params.use_beta_sigmoid = params.state_v_first = true;
-    const char* reason = kda::prefill_refusal(params);
+    const char* reason = of(params);
     return reason ? reason : "";
   } catch (const std::runtime_error& error) {
     return std::string(error.what()).substr(std::char_traits<char>::length(kRefused));
   }
+}
+
+std::string prefill_refusal(int64_t K, int64_t V, ScalarType dtype, ScalarType state_dtype) {
+  return refusal(kda::prefill_refusal, K, V, dtype, state_dtype);
+}
+
+std::string recurrent_refusal(int64_t K, int64_t V, ScalarType dtype, ScalarType state_dtype) {
+  return refusal(kda::recurrent_refusal, K, V, dtype, state_dtype);
 }
 
 }  // namespace
@@ -330,11 +541,27 @@ STABLE_TORCH_LIBRARY(kda_hf_cuda, m) {
       "Tensor? dt_bias, float? lower_bound, Tensor? initial_state, Tensor(b!)? final_state, Tensor(c!)? states, "
       "Tensor? cu_seqlens, bool use_gate, bool use_qk_norm, bool use_beta_sigmoid, bool allow_neg_eigval, "
       "bool state_v_first) -> ()");
+  m.def(
+      "recurrent(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor? A_log, "
+      "Tensor? dt_bias, float? lower_bound, Tensor? initial_state, Tensor(b!)? final_state, Tensor(c!)? states, "
+      "Tensor? cu_seqlens, Tensor? state_indices, bool use_gate, bool use_qk_norm, bool use_beta_sigmoid, "
+      "bool allow_neg_eigval, bool state_v_first) -> ()");
+  m.def(
+      "decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor output_gate, float scale, "
+      "Tensor(a!) out, Tensor? A_log, Tensor? dt_bias, float? lower_bound, Tensor(b!) recurrent_state, "
+      "Tensor(c!) conv_state, Tensor q_conv_weight, Tensor k_conv_weight, Tensor v_conv_weight, Tensor norm_weight, "
+      "float norm_eps, Tensor? state_indices, bool allow_neg_eigval, bool state_v_first) -> ()");
   m.def("prefill_refusal(int K, int V, ScalarType dtype, ScalarType state_dtype) -> str");
+  m.def("recurrent_refusal(int K, int V, ScalarType dtype, ScalarType state_dtype) -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kda_hf_cuda, CUDA, m) { m.impl("prefill", TORCH_BOX(&prefill)); }
+STABLE_TORCH_LIBRARY_IMPL(kda_hf_cuda, CUDA, m) {
+  m.impl("prefill", TORCH_BOX(&prefill));
+  m.impl("recurrent", TORCH_BOX(&recurrent));
+  m.impl("decode_step", TORCH_BOX(&decode_step));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(kda_hf_cuda, CompositeExplicitAutograd, m) {
   m.impl("prefill_refusal", TORCH_BOX(&prefill_refusal));
+  m.impl("recurrent_refusal", TORCH_BOX(&recurrent_refusal));
 }

@@ -398,12 +398,16 @@ class KDACacheLayer(_BatchInPlace, LinearAttentionLayer):
                 f"{list(previous.shape)}."
             )
         state = super().update_recurrent_state(recurrent_states.detach(), state_idx, **kwargs)
+        self.note_update_in_place()
+        return state
+
+    def note_update_in_place(self) -> None:
+        """Says that both states have been updated where they are, by a token that `record` may know of."""
         if self._is_recorded:
             self._history.allocate_states(self._states)
             self._is_recorded = False
         else:
             self.forget()
-        return state
 
     def record(
         self,

@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache import KDACache, KDACacheLayer
 from .configuration_kda import KDAConfig
 from .generation import CACHE_NAME, KDAGenerationMixin, takes_cache
-from .ops import causal_conv1d, chunk_kda, recurrent_kda
+from .ops import causal_conv1d, chunk_kda, kda_decode_step, recurrent_kda, serves_decode_step
 
 
 class KDARMSNormGated(nn.Module):
@@ -76,6 +76,7 @@ class KimiDeltaAttention(nn.Module):
         value_dim = self.num_value_heads * self.value_head_dim
         gate_dim = self.num_value_heads * self.head_dim
         self.qkv_dims = [key_dim, key_dim, value_dim]
+        self.qkv_heads = [self.num_heads, self.num_heads, self.num_value_heads]
 
         self.q_proj = nn.Linear(config.hidden_size, key_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=False)
@@ -138,19 +139,75 @@ class KimiDeltaAttention(nn.Module):
                 raise ValueError("`attention_mask` can't be combined with `cu_seqlens`: packed inputs have no padding")
             valid = attention_mask[:, -length:].bool()
 
-        conv_inputs = torch.cat(
-            [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], dim=-1
-        )
+        qkv = (self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states))
         g = self.f_b_proj(self.f_a_proj(hidden_states)).view(batch, length, self.num_value_heads, self.head_dim)
         beta = self.b_proj(hidden_states)
+        gate = self.g_b_proj(self.g_a_proj(hidden_states)).view(batch, length, self.num_value_heads, -1)
 
+        if self._steps(past_key_values, qkv[0], valid, cu_seqlens):
+            assert past_key_values is not None
+            return self.o_proj(self._step(past_key_values, qkv, g, beta, gate).flatten(-2))
+        conv_inputs = torch.cat(qkv, dim=-1)
         if past_key_values is None:
             output, _, _ = self.mix(conv_inputs, g, beta, valid, cu_seqlens=cu_seqlens)
         else:
             output = self._mix_with_cache(past_key_values, conv_inputs, g, beta, valid, cu_seqlens)
-
-        gate = self.g_b_proj(self.g_a_proj(hidden_states)).view_as(output)
         return self.o_proj(self.o_norm(output, gate).flatten(-2))
+
+    def _steps(
+        self,
+        cache: Cache | None,
+        q: torch.Tensor,
+        valid: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> bool:
+        """Whether one launch does all between projections and `o_proj`: a token more for each row of the cache."""
+        return (
+            cache is not None
+            and q.shape[1] == 1
+            and valid is None
+            and cu_seqlens is None
+            and not torch.is_grad_enabled()
+            and isinstance(cache.layers[self.layer_idx], KDACacheLayer)
+            and cache.has_previous_state(self.layer_idx)
+            and cache.layers[self.layer_idx].conv_states[0].shape[0] == q.shape[0]
+            and serves_decode_step(q, self.head_dim, self.value_head_dim, cache.layers[self.layer_idx].state_dtype)
+        )
+
+    def _step(
+        self,
+        cache: Cache,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        gate: torch.Tensor,
+    ) -> torch.Tensor:
+        layer: Any = cache.layers[self.layer_idx]
+        if layer.records:
+            layer.record(self._replay, torch.cat(qkv, dim=-1), g, beta)
+        q, k, v = (x.unflatten(-1, (heads, -1)) for x, heads in zip(qkv, self.qkv_heads, strict=True))
+        output = kda_decode_step(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            gate,
+            conv_state=layer.conv_states[0],
+            recurrent_state=layer.recurrent_states[0],
+            q_conv_weight=self.q_conv1d.weight.squeeze(1),
+            k_conv_weight=self.k_conv1d.weight.squeeze(1),
+            v_conv_weight=self.v_conv1d.weight.squeeze(1),
+            norm_weight=self.o_norm.weight,
+            norm_eps=self.o_norm.eps,
+            A_log=self.A_log.float(),
+            dt_bias=self.dt_bias.float(),
+            lower_bound=self.lower_bound,
+            allow_neg_eigval=self.allow_neg_eigval,
+        )
+        layer.note_update_in_place()
+        layer.advance(1)
+        return output
 
     def mix(
         self,

@@ -98,7 +98,8 @@ def test_cuda_refuses_with_a_reason(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"op": "recurrent_kda"}, "no kernel for recurrent_kda"),
+        ({"op": "causal_conv1d"}, "no kernel for causal_conv1d"),
+        ({"op": "recurrent_kda"}, "has not proved itself"),
         ({"K": 32}, "head dimensions are 32 and 128"),
         ({"V": 256}, "head dimensions are 128 and 256"),
         ({"mixed_dtypes": True}, "several dtypes"),

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import TextIteratorStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from kda_hf import KDACache
+from kda_hf import KDACache, modeling_kda, ops
 
 
 PURE_KDA = {"layer_types": ["linear_attention"] * 2, "num_hidden_layers": 2}
@@ -88,6 +88,26 @@ def test_greedy_equals_recomputing_everything(model):
     ids = prompt(model, batch=2)
     assert_greedy(model, model.generate(ids), ids)
     assert_greedy(model, model.generate(ids, use_cache=False), ids)
+
+
+@pytest.mark.parametrize("mode", [{}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}, {"use_cache": False}])
+def test_steps_of_one_call_change_nothing(model, monkeypatch, mode):
+    ids = prompt(model, batch=1 if "prompt_lookup_num_tokens" in mode else 3)
+    options = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True} | mode
+    expected = model.generate(ids, **options)
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return ops.kda_decode_step(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_kda, "serves_decode_step", lambda *_: True)
+    monkeypatch.setattr(modeling_kda, "kda_decode_step", counted)
+    actual = model.generate(ids, **options)
+    assert bool(calls) == (mode.get("use_cache", True))
+    assert torch.equal(actual.sequences, expected.sequences)
+    for x, y in zip(actual.logits, expected.logits, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
 def test_default_cache_is_ours(model):

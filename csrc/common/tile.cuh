@@ -9,6 +9,7 @@
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "launch.cuh"
 #include "mma.cuh"
 
 namespace kda {
@@ -204,11 +205,5 @@ __device__ __forceinline__ int load_flag(const int* flag) {
 __device__ __forceinline__ void set_flag(int* flag) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
 }
-
-// Programmatic dependent launch: lets the next kernel of the stream start as soon as this one leaves room for it, and
-// there waits until this one has ended and its writes are visible.
-__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 }  // namespace kda

@@ -14,6 +14,7 @@ __all__ = [
     "chunk_kda",
     "fused_recurrent_kda",
     "fwd",
+    "kda_decode_step",
     "recurrent_kda",
 ]
 
@@ -271,7 +272,7 @@ def _kda(
         and cu_seqlens_cpu is None
         and not (safe_gate and inputs.lower_bound is None)
     ):
-        results = cuda.chunk_kda(inputs, *wanted)
+        results = _by_extension(op, inputs, wanted, state_indices)
         if not isinstance(results, str):
             return _without_spare_chunks(*results, inputs)
     checks.kda(inputs, state_indices, cu_seqlens_cpu, safe_gate)
@@ -290,6 +291,7 @@ def _kda(
         requires_grad,
         state_dtype=None if initial_state is None else initial_state.dtype,
         tokens=q.shape[1],
+        sequences=1 if inputs.cu_seqlens is None else inputs.sequences,
         packed=inputs.cu_seqlens is not None,
         intermediate_states=intermediate_states,
         state_pool=state_indices is not None,
@@ -297,7 +299,7 @@ def _kda(
     )
     chosen = backends.select(call, backend)
     if chosen == "cuda":
-        results = cuda.chunk_kda(inputs, *wanted)
+        results = _by_extension(op, inputs, wanted, state_indices)
         if not isinstance(results, str):
             cuda.note_served(op, q)
             return _without_spare_chunks(*results, inputs, cu_seqlens_cpu)
@@ -316,6 +318,14 @@ def _kda(
     return _without_spare_chunks(o, final_state, states, inputs, cu_seqlens_cpu)
 
 
+def _by_extension(
+    op: str, inputs: KDAInputs, wanted: tuple[bool, bool], state_indices: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | str:
+    if op == "recurrent_kda":
+        return cuda.recurrent_kda(inputs, *wanted, state_indices)
+    return cuda.chunk_kda(inputs, *wanted)
+
+
 def _without_spare_chunks(
     o: torch.Tensor,
     final_state: torch.Tensor | None,
@@ -328,6 +338,118 @@ def _without_spare_chunks(
     if states is not None and bounds is not None and checks.values_are_readable(bounds):
         states = states[:, : sum(chunked.chunks_of(length) for length in bounds.diff().tolist())]
     return o, final_state, states
+
+
+def kda_decode_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    output_gate: torch.Tensor,
+    *,
+    conv_state: torch.Tensor,
+    recurrent_state: torch.Tensor,
+    q_conv_weight: torch.Tensor,
+    k_conv_weight: torch.Tensor,
+    v_conv_weight: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_eps: float = 1e-5,
+    scale: float | None = None,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    state_indices: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """One token through a KDA layer, from its projections to the input of `o_proj`: convolution and SiLU of q, k and v,
+    L2 norm of q and k, gate, sigmoid of β, recurrence, and the norm of the output times the sigmoid of its gate,
+    `rms_norm(o) * norm_weight * sigmoid(output_gate)`. Both states are updated in place. Not differentiable.
+
+    Args:
+        q, k: projections [B, 1, H, K] before the convolution, bf16, fp16, fp32 or fp64; any strides.
+        v: projection [B, 1, HV, V] before the convolution, HV a multiple of H.
+        g: gate logits [B, 1, HV, K].
+        beta: logits [B, 1, HV].
+        output_gate: logits [B, 1, HV, V].
+        conv_state: [B, 2 * H * K + HV * V, W], the last W inputs of q, k and v side by side, oldest first.
+        recurrent_state: [B, HV, K, V], or [B, HV, V, K] with `state_v_first`.
+        q_conv_weight, k_conv_weight: [H * K, W]; the last column meets the current token.
+        v_conv_weight: [HV * V, W].
+        norm_weight: [V].
+        norm_eps: what the norm adds to the mean of the squares.
+        scale, A_log, dt_bias, lower_bound, allow_neg_eigval: as in :func:`chunk_kda`.
+        state_indices: [B] int32 or int64. Both states are then pools of P rows, and sequence b has row
+            `state_indices[b]` of each. A negative index, or one past the end, skips the sequence: its output is zeros
+            and the pools are untouched. The others must differ.
+        backend: "cuda" or "torch"; by default KDA_HF_BACKEND decides, and else the best that can serve.
+
+    Returns:
+        [B, 1, HV, V] in the dtype of v.
+
+    Raises:
+        ValueError: a shape, dtype or value is wrong. TypeError: an argument is of the wrong kind.
+        RuntimeError: tensors on different devices, or a backend asked for that cannot serve, with the reason.
+
+    Source: arXiv 2510.26692, sections 2 and 4.
+    """
+    inputs = KDAInputs(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        recurrent_state,
+        A_log,
+        dt_bias,
+        None,
+        state_v_first=state_v_first,
+        scale=checks.default_scale(q) if scale is None else scale,
+        lower_bound=lower_bound,
+        use_gate=True,
+        use_qk_norm=True,
+        use_beta_sigmoid=True,
+        allow_neg_eigval=allow_neg_eigval,
+    )
+    weights = (q_conv_weight, k_conv_weight, v_conv_weight)
+    # fmt: off
+    arguments = (q, k, v, g, beta, output_gate, inputs.scale, A_log, dt_bias, lower_bound, recurrent_state, conv_state,
+                 *weights, norm_weight, norm_eps, state_indices, allow_neg_eigval, state_v_first)
+    # fmt: on
+    tensors = (*inputs.tensors, output_gate, conv_state, *weights, norm_weight)
+    requires_grad = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tensors)
+    if not requires_grad and backend in (None, "auto", "cuda") and cuda.serves_again("kda_decode_step", q):
+        out = cuda.decode_step(*arguments)
+        if not isinstance(out, str):
+            return out
+    checks.decode_step(inputs, output_gate, conv_state, weights, norm_weight, norm_eps, state_indices)
+    if requires_grad:
+        raise ValueError("`kda_decode_step` updates the states in place, which has no gradients; use torch.no_grad()")
+    call = backends.Call(
+        "kda_decode_step",
+        q.device,
+        q.dtype,
+        q.shape[-1],
+        v.shape[-1],
+        state_dtype=recurrent_state.dtype,
+        state_pool=state_indices is not None,
+        mixed_dtypes=inputs.has_mixed_dtypes,
+    )
+    chosen = backends.select(call, backend)
+    if chosen == "cuda":
+        out = cuda.decode_step(*arguments)
+        if not isinstance(out, str):
+            cuda.note_served("kda_decode_step", q)
+            return out
+        backends.select(call._replace(extension_refusal=out), backend)
+    return torch.ops.kda_hf.kda_decode_step(*arguments)
+
+
+def serves_decode_step(q: torch.Tensor, K: int, V: int, state_dtype: torch.dtype) -> bool:
+    """Whether a kernel serves `kda_decode_step` for such calls; else its parts are faster one by one."""
+    return backends.has_kernel(backends.Call("kda_decode_step", q.device, q.dtype, K, V, state_dtype=state_dtype))
 
 
 def causal_conv1d(

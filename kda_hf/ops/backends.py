@@ -12,7 +12,7 @@ from . import cuda, fla
 logger = logging.getLogger("kda_hf")
 
 BACKENDS = ("cuda", "fla", "torch")  # in the order of preference
-OPERATORS = ("fwd", "chunk_kda", "recurrent_kda", "causal_conv1d")
+OPERATORS = ("fwd", "chunk_kda", "recurrent_kda", "kda_decode_step", "causal_conv1d")
 VARIABLE = "KDA_HF_BACKEND"
 
 FLA_OPERATORS = ("chunk_kda", "recurrent_kda")
@@ -32,11 +32,13 @@ class Call(NamedTuple):
     requires_grad: bool = False
     state_dtype: torch.dtype | None = None  # of the initial and the final state; None without an initial state
     tokens: int = 1
+    sequences: int = 1  # that `tokens` are of: packed ones, or one of a batch
     packed: bool = False
     intermediate_states: bool = False
     state_pool: bool = False
     mixed_dtypes: bool = False  # k or v differ from q, or g or β from q and float32
     extension_refusal: str | None = None  # what the CUDA extension said of these very arguments
+    is_asked_for: bool = False  # whether the caller or the environment names a backend
 
 
 class BackendStatus(TypedDict):
@@ -109,11 +111,11 @@ def select(call: Call, backend: str | None = None) -> str:
     if backend is not None and backend != "auto":
         if backend not in BACKENDS:
             raise ValueError(f"`backend` must be None, auto, {', '.join(BACKENDS)}; got {backend!r}")
-        _require(backend, call, f"backend={backend!r}")
+        _require(backend, call._replace(is_asked_for=True), f"backend={backend!r}")
         return backend
     wanted = _from_environment() if backend is None else "auto"
     if _binds(wanted, call):
-        _require(wanted, call, f"{VARIABLE}={wanted}")
+        _require(wanted, call._replace(is_asked_for=True), f"{VARIABLE}={wanted}")
         return wanted
     for name in BACKENDS:
         reason = refusal(name, call)
@@ -122,6 +124,12 @@ def select(call: Call, backend: str | None = None) -> str:
             return name
         _log(call.op, name, f"refused: {reason}")
     raise AssertionError("the PyTorch backend serves every call")
+
+
+def has_kernel(call: Call) -> bool:
+    """Whether the call would get a kernel of the CUDA extension."""
+    wanted = _from_environment()
+    return wanted in ("auto", "cuda") and refusal("cuda", call._replace(is_asked_for=wanted == "cuda")) is None
 
 
 def _require(backend: str, call: Call, asked: str) -> None:

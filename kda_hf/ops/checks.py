@@ -144,6 +144,43 @@ def state(name: str, x: Any, rows: int, q: torch.Tensor, v: torch.Tensor, state_
     tensor(name, x, layout, (rows, value_heads, *matrix), q.device)
 
 
+def decode_step(
+    x: KDAInputs,
+    output_gate: Any,
+    conv_state: Any,
+    conv_weights: tuple[Any, Any, Any],
+    norm_weight: Any,
+    norm_eps: Any,
+    state_indices: Any,
+) -> None:
+    """The arguments of `kda_decode_step`, whose `recurrent_state` is the initial state of `x`."""
+    rank("q", x.q, "[B, 1, H, K]")
+    batch, tokens, heads, K = x.q.shape
+    if tokens != 1:
+        raise ValueError(f"`q` must have one token a sequence, [B, 1, H, K], got {list(x.q.shape)}")
+    rank("recurrent_state", x.initial_state, "[P, HV, V, K]" if x.state_v_first else "[P, HV, K, V]")
+    kda(x._replace(initial_state=None))
+    value_heads, V = x.v.shape[2:]
+    rows = x.initial_state.shape[0]  # type: ignore[union-attr] # rank() has refused None
+    state("recurrent_state", x.initial_state, rows, x.q, x.v, x.state_v_first)
+    if state_indices is not None:
+        tensor("state_indices", state_indices, "[B]", (batch,), x.q.device, INTEGERS)
+    elif rows != batch:
+        raise ValueError(f"`recurrent_state` must have B = {batch} rows without `state_indices`, got {rows}")
+    tensor("output_gate", output_gate, "[B, 1, HV, V]", x.v.shape, x.q.device)
+    rank("q_conv_weight", conv_weights[0], "[H * K, W]")
+    width = conv_weights[0].shape[1]
+    if width == 0:
+        raise ValueError(f"`q_conv_weight` must have at least one tap, got {list(conv_weights[0].shape)}")
+    channels = (heads * K, heads * K, value_heads * V)
+    names = (("q_conv_weight", "[H * K, W]"), ("k_conv_weight", "[H * K, W]"), ("v_conv_weight", "[HV * V, W]"))
+    for (name, layout), weight, count in zip(names, conv_weights, channels, strict=True):
+        tensor(name, weight, layout, (count, width), x.q.device)
+    tensor("conv_state", conv_state, "[P, 2 * H * K + HV * V, W]", (rows, sum(channels), width), x.q.device)
+    tensor("norm_weight", norm_weight, "[V]", (V,), x.q.device)
+    number("norm_eps", norm_eps)
+
+
 def conv(x: Any, weight: Any, bias: Any, activation: Any, initial_state: Any, packed: Any) -> None:
     rank("x", x, "[B, T, D]")
     rank("weight", weight, "[D, W]")

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 
 EXTENSION = Path(__file__).parents[1] / "_C.abi3.so"
-OPERATORS = ("fwd", "chunk_kda")
+OPERATORS = ("fwd", "chunk_kda", "recurrent_kda", "kda_decode_step")
+UNPROVEN = ("recurrent_kda", "kda_decode_step")  # not run on a GPU yet: for those who ask for it
 WIDTHS = (64, 128)  # of K and V
 CAPABILITY = (9, 0)  # the kernels are of sm_90a, which runs on this one only
 REFUSED = "kda_hf refuses: "  # how the message starts where the extension has written nothing
+RECURRENT_TOKENS = 16  # up to so many a sequence, on average, token by token; more go through the chunked kernels
 
 
 def _load() -> str | None:
@@ -47,16 +49,23 @@ def status() -> str:
 
 if _unavailable is None:
     _prefill = torch.ops.kda_hf_cuda.prefill.default
-    _prefill_refusal = torch.ops.kda_hf_cuda.prefill_refusal.default
-    # It has no gradient, and calls that want one go elsewhere: autograd has nothing to do here.
+    _recurrent = torch.ops.kda_hf_cuda.recurrent.default
+    _refusals = {
+        "prefill": torch.ops.kda_hf_cuda.prefill_refusal.default,
+        "recurrent": torch.ops.kda_hf_cuda.recurrent_refusal.default,
+    }
     _library = torch.library.Library("kda_hf_cuda", "IMPL")
-    _library.impl("prefill", torch.library.fallthrough_kernel, "Autograd")
 
-    @torch.library.register_fake("kda_hf_cuda::prefill", lib=_library)
-    def _(*args: Any) -> None:
+    def _fake(*args: Any) -> None:
         # A real meta tensor among the arguments brings a call here that has to fail.
         if len({x.device for x in args if isinstance(x, torch.Tensor)}) > 1:
             raise RuntimeError(f"{REFUSED}the tensors must be on one device")
+
+    _decode_step = torch.ops.kda_hf_cuda.decode_step.default
+    for _kernel in ("prefill", "recurrent", "decode_step"):
+        # They have no gradient, and calls that want one go elsewhere: autograd has nothing to do here.
+        _library.impl(_kernel, torch.library.fallthrough_kernel, "Autograd")
+        torch.library.register_fake(f"kda_hf_cuda::{_kernel}", _fake, lib=_library)
 
 
 @torch.compiler.assume_constant_result
@@ -73,8 +82,13 @@ def _refused_by_device(index: int | None) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _refused_by_kernel(K: int, V: int, dtype: torch.dtype, state_dtype: torch.dtype) -> str | None:
-    return _prefill_refusal(K, V, dtype, state_dtype) or None
+def _refused_by_kernel(kernel: str, K: int, V: int, dtype: torch.dtype, state_dtype: torch.dtype) -> str | None:
+    return _refusals[kernel](K, V, dtype, state_dtype) or None
+
+
+def _goes_by_token(tokens: int, sequences: int, intermediate_states: bool, state_pool: bool) -> bool:
+    """Whether `recurrent_kda` has the kernel that goes token by token: for few tokens, and for states in a pool."""
+    return state_pool or (not intermediate_states and tokens <= RECURRENT_TOKENS * sequences)
 
 
 def refusal(call: "Call") -> str | None:
@@ -89,13 +103,19 @@ def refusal(call: "Call") -> str | None:
         return "the inputs require grad, and the CUDA operators have no backward"
     if call.op not in OPERATORS:
         return f"the CUDA extension has no kernel for {call.op}"
+    if call.op in UNPROVEN and not call.is_asked_for:
+        return f"the kernel for {call.op} has not proved itself on a GPU yet: backend='cuda' asks for it"
     if call.mixed_dtypes:
         return "q, k and v have several dtypes, or g or beta has neither theirs nor torch.float32"
     if call.K not in WIDTHS or call.V not in WIDTHS:
         return f"the head dimensions are {call.K} and {call.V}, and there are kernels for {WIDTHS[0]} and {WIDTHS[1]}"
     # By comparison, since torch.compile may trace a head dimension as a symbol: it becomes a number here.
     K, V = (next(known for known in WIDTHS if known == width) for width in (call.K, call.V))
-    reason = _refused_by_kernel(K, V, call.dtype, call.state_dtype or torch.float32)
+    goes_by_token = call.op == "recurrent_kda" and _goes_by_token(
+        call.tokens, call.sequences, call.intermediate_states, call.state_pool
+    )
+    kernel = "recurrent" if goes_by_token or call.op == "kda_decode_step" else "prefill"
+    reason = _refused_by_kernel(kernel, K, V, call.dtype, call.state_dtype or torch.float32)
     return reason or _refused_by_device(call.device.index)
 
 
@@ -103,7 +123,8 @@ _served: set[tuple[str, int]] = set()
 
 
 def note_served(op: str, q: torch.Tensor) -> None:
-    _served.add((op, q.get_device()))
+    if op not in UNPROVEN:
+        _served.add((op, q.get_device()))
 
 
 def serves_again(op: str, q: Any) -> bool:
@@ -166,18 +187,50 @@ def chunk_kda(
     return (o, final_state, states) if reason is None else reason
 
 
-def _call(*args: Any) -> str | None:
+def recurrent_kda(
+    x: KDAInputs, output_final_state: bool, output_states: bool, state_indices: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | str:
+    """As `chunk_kda`; with `state_indices` the initial state is a pool, updated in place, and the final state."""
+    try:
+        (_, tokens, _, K), (_, _, heads, V) = x.q.shape, x.v.shape
+        sequences, dtype = 1 if x.cu_seqlens is None else x.sequences, x.state_dtype
+    except (AttributeError, IndexError, ValueError):  # not tensors of these ranks: the checks will say so
+        return "the arguments are not what recurrent_kda takes"
+    if not _goes_by_token(tokens, sequences, output_states, state_indices is not None):
+        return chunk_kda(x, output_final_state, output_states)
+    o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
+    final_state = x.initial_state
+    if state_indices is None:
+        matrix = (V, K) if x.state_v_first else (K, V)
+        final_state = x.q.new_empty((x.sequences, heads, *matrix), dtype=dtype) if output_final_state else None
+    # fmt: off
+    reason = _call(x.q, x.k, x.v, x.g, x.beta, x.scale, o, x.A_log, x.dt_bias, x.lower_bound, x.initial_state,
+                   final_state, None, x.cu_seqlens, state_indices, x.use_gate, x.use_qk_norm, x.use_beta_sigmoid,
+                   x.allow_neg_eigval, x.state_v_first, kernel="recurrent")
+    # fmt: on
+    return (o, final_state if output_final_state else None, None) if reason is None else reason
+
+
+def decode_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any) -> torch.Tensor | str:
+    """The step's output, or why it was refused. `others` are the operator's arguments, in its order, without `out`."""
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    reason = _call(q, k, v, *others[:4], out, *others[4:], kernel="decode_step")
+    return out if reason is None else reason
+
+
+def _call(*args: Any, kernel: str = "prefill") -> str | None:
+    operator = _prefill if kernel == "prefill" else _recurrent if kernel == "recurrent" else _decode_step
     if torch.compiler.is_compiling():
-        _prefill(*args)  # traced with fake tensors, which nothing refuses
+        operator(*args)  # traced with fake tensors, which nothing refuses
         return None
     try:
-        _prefill(*args)
+        operator(*args)
     except (RuntimeError, TypeError) as error:
         # Besides its own refusals, torch's, of a value that is not of the schema's type.
         message = str(error)
         if message.startswith(REFUSED):
             return message.removeprefix(REFUSED)
-        if "kda_hf_cuda::prefill" in message:
+        if f"kda_hf_cuda::{kernel}" in message:
             return message.splitlines()[0]
         raise
     return None

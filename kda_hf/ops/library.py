@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import chunked, conv, recurrent
+from . import chunked, conv, recurrent, reference
 from .inputs import NUM_INPUTS, SCHEMA, KDAInputs, fwd_inputs
 
 
@@ -163,6 +163,19 @@ def _(*args: Any) -> Tensors:
     return x.v.new_empty(x.v.shape), final_state
 
 
+def _pool_rows(state_indices: torch.Tensor, size: int) -> Tensors:
+    """Rows of the pool to read and write, which of the sequences each belongs to, and which sequences are not skipped.
+
+    A skipped one stands for the first that is not: both write the same state to the same place, and nothing is read on
+    the host. Where all are skipped, all write back what they read.
+    """
+    indices = state_indices.long()
+    used = (indices >= 0) & (indices < size)
+    row = torch.arange(len(indices), device=indices.device)
+    row = torch.where(used, row, used.byte().argmax())
+    return indices[row].clamp(0, size - 1), row, used
+
+
 @define(f"recurrent_kda_pool({SCHEMA.format(state='Tensor(a!) state_pool')}, Tensor state_indices) -> Tensor o")
 def recurrent_kda_pool(*args: Any) -> torch.Tensor:
     *inputs, state_indices = args
@@ -170,13 +183,7 @@ def recurrent_kda_pool(*args: Any) -> torch.Tensor:
     state_pool = x.initial_state
     if state_pool is None or len(state_indices) == 0 or len(state_pool) == 0:
         return torch.zeros_like(x.v, memory_format=torch.contiguous_format)
-    indices = state_indices.long()
-    used = (indices >= 0) & (indices < len(state_pool))
-    # A skipped row stands for the first used one: both write the same state to the same place, and nothing is read on
-    # the host. Where no row is used, all write back what they read.
-    row = torch.arange(len(indices), device=indices.device)
-    row = torch.where(used, row, used.byte().argmax())
-    indices = indices[row].clamp(0, len(state_pool) - 1)
+    indices, row, used = _pool_rows(state_indices, len(state_pool))
     before = state_pool.index_select(0, indices)
     o, after = _recurrent_forward(x._replace(initial_state=before))
     state_pool.index_copy_(0, indices, torch.where(used[row, None, None, None], after[row], before))
@@ -190,6 +197,63 @@ def recurrent_kda_pool(*args: Any) -> torch.Tensor:
 
 
 @register_fake("recurrent_kda_pool")
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> torch.Tensor:
+    return v.new_empty(v.shape)
+
+
+@define(
+    "kda_decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor output_gate, float scale, "
+    "Tensor? A_log, Tensor? dt_bias, float? lower_bound, Tensor(a!) recurrent_state, Tensor(b!) conv_state, "
+    "Tensor q_conv_weight, Tensor k_conv_weight, Tensor v_conv_weight, Tensor norm_weight, float norm_eps, "
+    "Tensor? state_indices, bool allow_neg_eigval, bool state_v_first) -> Tensor o"
+)
+def kda_decode_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    output_gate: torch.Tensor,
+    scale: float,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    lower_bound: float | None,
+    recurrent_state: torch.Tensor,
+    conv_state: torch.Tensor,
+    q_conv_weight: torch.Tensor,
+    k_conv_weight: torch.Tensor,
+    v_conv_weight: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_eps: float,
+    state_indices: torch.Tensor | None,
+    allow_neg_eigval: bool,
+    state_v_first: bool,
+) -> torch.Tensor:
+    if q.shape[0] == 0 or len(recurrent_state) == 0:
+        return torch.zeros_like(v, memory_format=torch.contiguous_format)
+    indices, row, used = _pool_rows(
+        torch.arange(q.shape[0], device=q.device) if state_indices is None else state_indices, len(recurrent_state)
+    )
+    inputs = [x.flatten(2) for x in (q, k, v)]
+    weight = torch.cat((q_conv_weight, k_conv_weight, v_conv_weight))
+    conv_before, state_before = conv_state.index_select(0, indices), recurrent_state.index_select(0, indices)
+    mixed, conv_after = _conv_forward(torch.cat(inputs, -1), weight, None, conv_before, "silu", None)
+    mixed_q, mixed_k, mixed_v = (
+        x.unflatten(-1, y.shape[2:])
+        for x, y in zip(mixed.split([x.shape[-1] for x in inputs], -1), (q, k, v), strict=True)
+    )
+    activations = (state_v_first, scale, lower_bound, True, True, True, allow_neg_eigval)
+    x = KDAInputs(mixed_q, mixed_k, mixed_v, g, beta, state_before, A_log, dt_bias, None, *activations)
+    o, state_after = _recurrent_forward(x)
+    conv_state.index_copy_(0, indices, torch.where(used[row, None, None], conv_after[row], conv_before))
+    recurrent_state.index_copy_(0, indices, torch.where(used[row, None, None, None], state_after[row], state_before))
+    dtype = reference.compute_dtype(o)
+    normed = torch.nn.functional.rms_norm(o.to(dtype), o.shape[-1:], norm_weight.to(dtype), norm_eps)
+    o = (normed * output_gate.to(dtype).sigmoid()).to(v.dtype)
+    return o.masked_fill(~used[:, None, None, None], 0).contiguous()
+
+
+@register_fake("kda_decode_step")
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> torch.Tensor:
     return v.new_empty(v.shape)
 

@@ -1,0 +1,49 @@
+// Kimi Delta Attention token by token, for decoding: the host side of the kernels.
+#pragma once
+
+#include "kda.h"
+
+namespace kda {
+
+// `states` gets the state after every token: [B, T, HV, ...].
+struct RecurrentParams : KdaParams {
+  // [N] on the device, or null. With it, states are rows of a pool, `initial_state` and `final_state` at once: sequence n
+  // has row state_indices[n] of `rows`. Any other number skips the sequence: its output is zeros.
+  const void* state_indices;
+  bool state_indices_is_int64;
+  int rows;  // of the states
+
+  int tokens_at_a_time;  // set by `recurrent`
+};
+
+// Null, or why such a call cannot be served: a static string that names the argument. Looks at sizes and dtypes.
+const char* recurrent_refusal(const RecurrentParams& params);
+
+// Launches on `stream` of the current device. Checks nothing, waits for nothing, and a CUDA graph can capture it.
+// Sequences may have any number of tokens, none as well. B, N, HV, H are at least 1.
+cudaError_t recurrent(const RecurrentParams& params, cudaStream_t stream);
+
+// One token of each of N = B sequences through a KDA layer, from its projections to the input of its last one:
+//
+//   q, k, v ← silu(conv(·)), rounded to their dtype     o ← recurrence     out = norm(o) ∘ weight ∘ sigmoid(output_gate)
+//
+// where norm(o) = o / sqrt(mean(o²) + eps) over the V channels of a head, and o is rounded to the dtype of q before. q, k and v
+// are the raw projections. Both states are updated in place, in rows of the same number: `initial_state` and `final_state`
+// are one. Gate, norms of q and k and β are as the flags of KdaParams say.
+struct DecodeStepParams : RecurrentParams {
+  const void* output_gate;         // [B, T, HV, V], dtype of q; rows as those of v
+  int64_t output_gate_strides[3];  // of B, T and head
+  const void* norm_weight;         // [V], contiguous
+  float norm_eps;
+  const void *q_conv_weight, *k_conv_weight, *v_conv_weight;  // [channels, W], contiguous
+  void* conv_state;        // [rows, 2 H K + HV V, W], contiguous: the last W inputs of q, k and v, oldest first
+  int conv_width;          // W, 2 to 4
+  DType weight_dtype;      // of all four weights, that of q or fp32
+  DType conv_state_dtype;  // that of q, or fp32
+};
+
+const char* decode_step_refusal(const DecodeStepParams& params);
+
+cudaError_t decode_step(const DecodeStepParams& params, cudaStream_t stream);
+
+}  // namespace kda
