@@ -1,4 +1,4 @@
-"""One call of the prefill kernels for each instance and each kind of sequence, small: scripts/sanitize.sh runs it.
+"""One call of the kernels for each instance and each kind of sequence, small: scripts/sanitize.sh runs it.
 
 An argument names compute-sanitizer's tool, since racecheck can't follow one of the calls."""
 
@@ -53,8 +53,75 @@ def run(
     assert all(x.cpu().isfinite().all() for x in results[:2])
 
 
+def run_recurrent(
+    dtype: torch.dtype, K: int, V: int, gate: str, lengths: list[int] | None, state_v_first: bool, state: torch.dtype
+) -> None:
+    """A few tokens: into states of their own, and in place in a pool, of which one sequence has no row."""
+    B, T, H, HV = (3, 2, 1, 2) if lengths is None else (1, sum(lengths) + 3, 1, 2)
+    N = B if lengths is None else len(lengths)
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape).to(dtype).cuda()  # made on the CPU: no other kernel writes it
+
+    inputs = {"q": tensor(B, T, H, K), "k": tensor(B, T, H, K), "v": tensor(B, T, HV, V), "beta": tensor(B, T, HV)}
+    inputs["g"] = -tensor(B, T, HV, K).abs() if gate == "given" else tensor(B, T, HV, K)
+    if gate != "given":
+        inputs |= {"A_log": tensor(HV, dtype=torch.float32), "dt_bias": tensor(HV, K, dtype=torch.float32)}
+        inputs |= {"lower_bound": -5.0 if gate == "safe" else None}
+    matrix = (V, K) if state_v_first else (K, V)
+    pool = torch.arange(N) + 1
+    pool[0] = -1
+    for indices in (None, pool.cuda()):
+        results = ops.recurrent_kda(
+            **inputs,
+            initial_state=tensor(N if indices is None else N + 2, HV, *matrix, dtype=state),
+            output_final_state=True,
+            use_gate_in_kernel=gate != "given",
+            use_qk_l2norm_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True,
+            state_v_first=state_v_first,
+            cu_seqlens=None if lengths is None else torch.tensor([0, *itertools.accumulate(lengths)]).cuda(),
+            state_indices=indices,
+            backend="cuda",
+        )
+        assert all(x.cpu().isfinite().all() for x in results)
+
+
+def run_step(dtype: torch.dtype, K: int, V: int, width: int, state_v_first: bool, state: torch.dtype) -> None:
+    B, H, HV = 3, 1, 2
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape).to(dtype).cuda()
+
+    states = {
+        "recurrent_state": tensor(4, HV, *((V, K) if state_v_first else (K, V)), dtype=state),
+        "conv_state": tensor(4, 2 * H * K + HV * V, width),
+    }
+    out = ops.kda_decode_step(
+        *(tensor(B, 1, heads, size) for heads, size in ((H, K), (H, K), (HV, V), (HV, K))),
+        tensor(B, 1, HV),
+        tensor(B, 1, HV, V),
+        **states,
+        q_conv_weight=tensor(H * K, width),
+        k_conv_weight=tensor(H * K, width),
+        v_conv_weight=tensor(HV * V, width),
+        norm_weight=tensor(V),
+        lower_bound=-5.0 if state_v_first else None,
+        state_v_first=state_v_first,
+        state_indices=torch.tensor([3, -1, 0]).cuda(),
+        backend="cuda",
+    )
+    assert all(x.cpu().isfinite().all() for x in (out, *states.values()))
+
+
 def main() -> None:
     torch.manual_seed(0)
+    for dtype, state, (K, V), v_first in itertools.product(
+        (*DTYPES, torch.float32), (torch.float32, torch.bfloat16), WIDTHS, (False, True)
+    ):
+        for gate, lengths in zip(GATES[:3], (None, [1, 0, 33, 16, 17], [1, 1, 1]), strict=True):
+            run_recurrent(dtype, K, V, gate, lengths, v_first, state)
+        run_step(dtype, K, V, 4 if v_first else 3, v_first, state)
     for dtype, (K, V), gate, lengths in itertools.product(DTYPES, WIDTHS, GATES, LENGTHS):
         run(dtype, K, V, gate, lengths, state_v_first=dtype == torch.float16)
     for (K, V), v_first in zip(WIDTHS, (False, True, True, False), strict=True):  # states are composed

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the prefill kernels under compute-sanitizer: memcheck, racecheck and initcheck on a reduced grid. Needs a GPU
+# Runs the kernels under compute-sanitizer: memcheck, racecheck and initcheck on a reduced grid. Needs a GPU
 # that the kernels run on, compute-sanitizer (it comes with the CUDA toolkit), and kda_hf with its extension.
 # Arguments choose the tools, for example: bash scripts/sanitize.sh racecheck
 set -euo pipefail
