@@ -127,11 +127,11 @@ bool is_floating(ScalarType type) {
          type == ScalarType::Double;
 }
 
-const float* fp32_data(MaybeTensor& x) {
+const void* contiguous_data(MaybeTensor& x, ScalarType dtype) {
   if (!x) return nullptr;
-  if (x->scalar_type() != ScalarType::Float) x = torch::stable::to(*x, ScalarType::Float);
+  if (x->scalar_type() != dtype) x = torch::stable::to(*x, dtype);
   if (!x->is_contiguous()) x = fresh_copy(*x);
-  return static_cast<const float*>(x->const_data_ptr());
+  return x->const_data_ptr();
 }
 
 // A buffer that a kernel writes: the caller's own where the kernel can, else a temporary one that is copied into it.
@@ -176,6 +176,8 @@ struct Arguments {
 
   // Sets pointers and strides, of copies where a kernel could not read what the caller gave.
   void point(kda::KdaParams& params);
+  void point_parameters(kda::PrefillParams& params);
+  void point_parameters(kda::RecurrentParams& params);
 
   int32_t device() const { return q.get_device_index(); }
 };
@@ -262,13 +264,24 @@ void Arguments::check(kda::KdaParams& params, std::optional<int64_t> rows, std::
   params.num_sms = info.sms;
 }
 
+void Arguments::point_parameters(kda::PrefillParams& params) {
+  params.A_log = static_cast<const float*>(contiguous_data(A_log, ScalarType::Float));
+  params.dt_bias = static_cast<const float*>(contiguous_data(dt_bias, ScalarType::Float));
+}
+
+void Arguments::point_parameters(kda::RecurrentParams& params) {
+  ScalarType dtype = A_log ? A_log->scalar_type() : dt_bias ? dt_bias->scalar_type() : ScalarType::Float;
+  if (dtype == ScalarType::Double || (dt_bias && dt_bias->scalar_type() != dtype)) dtype = ScalarType::Float;
+  params.parameter_dtype = dtype_of(dtype, "A_log");
+  params.A_log = contiguous_data(A_log, dtype), params.dt_bias = contiguous_data(dt_bias, dtype);
+}
+
 void Arguments::point(kda::KdaParams& params) {
   q = with_aligned_rows(q), k = with_aligned_rows(k), v = with_aligned_rows(v), g = with_aligned_rows(g);
   set_strides(q, params.q_strides), set_strides(k, params.k_strides), set_strides(v, params.v_strides);
   set_strides(g, params.g_strides), set_strides(beta, params.beta_strides);
   params.q = q.const_data_ptr(), params.k = k.const_data_ptr(), params.v = v.const_data_ptr();
   params.g = g.const_data_ptr(), params.beta = beta.const_data_ptr();
-  params.A_log = fp32_data(A_log), params.dt_bias = fp32_data(dt_bias);
   if (initial_state && !is_plain(*initial_state)) initial_state = fresh_copy(*initial_state);
   params.initial_state = initial_state ? initial_state->const_data_ptr() : nullptr;
   if (cu_seqlens && !cu_seqlens->is_contiguous()) cu_seqlens = fresh_copy(*cu_seqlens);
@@ -337,6 +350,7 @@ void prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, 
   const Place place(arguments.device());
   if (arguments.are_empty(params, place.stream())) return;
   arguments.point(params);
+  arguments.point_parameters(params);
   Output output(out, has_aligned_rows), final_output(final_state, is_plain), states_output(states, is_plain);
   set_strides(output.tensor(), params.out_strides);
   params.out = output.data(), params.final_state = final_output.data(), params.states = states_output.data();
@@ -404,6 +418,7 @@ void recurrent(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale
   if (!state_indices && arguments.are_empty(params, place.stream())) return;
   if (static_cast<int64_t>(params.B) * params.T * params.HV * params.N == 0) return;  // no state of a pool changes
   arguments.point(params);
+  arguments.point_parameters(params);
   Output output(out, has_aligned_rows), final_output(final_state, is_plain), states_output(states, is_plain);
   set_strides(output.tensor(), params.out_strides);
   params.out = output.data(), params.final_state = final_output.data(), params.states = states_output.data();
@@ -485,6 +500,7 @@ void decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor out
   const Place place(arguments.device());
   if (params.B == 0) return;
   arguments.point(params);
+  arguments.point_parameters(params);
   params.final_state = recurrent_state.mutable_data_ptr();
   const auto as_rows = [](Tensor& x) { return (x.is_contiguous() ? x : x = fresh_copy(x)).const_data_ptr(); };
   params.q_conv_weight = as_rows(q_conv_weight), params.k_conv_weight = as_rows(k_conv_weight);

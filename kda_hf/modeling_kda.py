@@ -200,8 +200,8 @@ class KimiDeltaAttention(nn.Module):
             v_conv_weight=self.v_conv1d.weight.squeeze(1),
             norm_weight=self.o_norm.weight,
             norm_eps=self.o_norm.eps,
-            A_log=self.A_log.float(),
-            dt_bias=self.dt_bias.float(),
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
             lower_bound=self.lower_bound,
             allow_neg_eigval=self.allow_neg_eigval,
         )

@@ -7,6 +7,10 @@ namespace kda {
 
 // `states` gets the state after every token: [B, T, HV, ...].
 struct RecurrentParams : KdaParams {
+  // [HV] and [HV, K], contiguous, of one dtype; null stands for zeros.
+  const void *A_log, *dt_bias;
+  DType parameter_dtype;
+
   // [N] on the device, or null. With it, states are rows of a pool, `initial_state` and `final_state` at once: sequence n
   // has row state_indices[n] of `rows`. Any other number skips the sequence: its output is zeros.
   const void* state_indices;

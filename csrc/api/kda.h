@@ -25,9 +25,6 @@ struct KdaParams {
   const void *q, *k, *v, *g, *beta;
   void* out;
 
-  // [HV] and [HV, K], contiguous; null stands for zeros.
-  const float *A_log, *dt_bias;
-
   // Contiguous, 16-byte aligned, any of them null. States are [N, HV, V, K] with state_v_first, else [N, HV, K, V].
   // final_state may be initial_state itself. `states` [B, NT, HV, ...] gets states between tokens, see each operator.
   const void* initial_state;

@@ -15,6 +15,8 @@ struct PrepareProgress {
 // `states` gets the state before every 64th token of each sequence: NT is the chunks of one sequence when dense; packed, those
 // of all sequences follow one another, and NT is the most that there could be, min(T, (T + 63 N) / 64).
 struct PrefillParams : KdaParams {
+  // [HV] and [HV, K], contiguous; null stands for zeros.
+  const float *A_log, *dt_bias;
   void* workspace;  // prefill_workspace_bytes, of any content, 256-byte aligned; null where that is 0
 
   // Set by `prefill`, which launches for a range of heads and sequences at a time where records of all would need too much

@@ -48,7 +48,7 @@ __device__ __forceinline__ float convolve(const DecodeStepParams& p, int64_t row
 }
 
 template <class Element, int K, int V, bool kValuesFirst, class State>
-__global__ void __launch_bounds__(V / kSliceWidth * kSliceThreads)
+__global__ void __launch_bounds__(V / kSliceWidth * kSliceThreads, 128 / V)
     decode_step(const __grid_constant__ DecodeStepParams p) {
   constexpr int kThreads = V / kSliceWidth * kSliceThreads;
   using OwnSlice = Slice<K, kValuesFirst, State>;

@@ -14,7 +14,7 @@
 
 #include <type_traits>
 
-#include "api/kda.h"
+#include "api/decode.h"
 #include "common/math.cuh"
 
 namespace kda {
@@ -88,8 +88,15 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+// Of A_log or dt_bias.
+__device__ __forceinline__ float load_parameter(const RecurrentParams& p, const void* base, int i) {
+  return p.parameter_dtype == DType::kFP32   ? load_float<float>(base, i)
+         : p.parameter_dtype == DType::kBF16 ? load_float<__nv_bfloat16>(base, i)
+                                             : load_float<__half>(base, i);
+}
+
 // The log-decay of a channel from what the caller gave.
-__device__ __forceinline__ float log_decay(const KdaParams& p, float x, float rate, float bias) {
+__device__ __forceinline__ float log_decay(const RecurrentParams& p, float x, float rate, float bias) {
   if (p.gate == Gate::kNone) return x;
   const float z = x + bias;
   if (p.gate == Gate::kSafe) return p.lower_bound * sigmoid(rate * z);
@@ -109,10 +116,10 @@ struct RawToken {
 
 // Makes `token` of it, with one warp.
 template <int K>
-__device__ __forceinline__ void activate(const KdaParams& p, int head, const RawToken<K>& raw, Token<K>& token) {
+__device__ __forceinline__ void activate(const RecurrentParams& p, int head, const RawToken<K>& raw, Token<K>& token) {
   constexpr int kOwn = K / 32;
   const int lane = threadIdx.x & 31, channel = lane * kOwn;
-  const float rate = p.A_log == nullptr ? 1.0f : expf(p.A_log[head]);
+  const float rate = p.A_log == nullptr ? 1.0f : expf(load_parameter(p, p.A_log, head));
   float qq = 0.0f, kk = 0.0f, kq = 0.0f;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
@@ -125,7 +132,7 @@ __device__ __forceinline__ void activate(const KdaParams& p, int head, const Raw
   const float q_norm = p.use_qk_norm ? p.scale * rsqrtf(qq + 1e-6f) : p.scale;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    const float bias = p.dt_bias == nullptr ? 0.0f : p.dt_bias[head * K + channel + i];
+    const float bias = p.dt_bias == nullptr ? 0.0f : load_parameter(p, p.dt_bias, head * K + channel + i);
     token.decay[channel + i] = expm1f(log_decay(p, raw.g[i], rate, bias));
     token.key[channel + i] = raw.k[i] * k_norm;
     token.query[channel + i] = raw.q[i] * q_norm;
