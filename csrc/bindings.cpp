@@ -19,6 +19,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "api/conv.h"
 #include "api/decode.h"
 #include "api/prefill.h"
 
@@ -521,6 +522,93 @@ void decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor out
   output.copy_back();
 }
 
+void causal_conv1d(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor initial_state, MaybeTensor cu_seqlens,
+                   Tensor y, MaybeTensor final_state, bool silu) {
+  require(x.dim() == 3, "`x` must have shape [B, T, D]");
+  const int64_t B = x.size(0), T = x.size(1), D = x.size(2);
+  require(weight.dim() == 2 && weight.size(0) == D, "`weight` must have shape [D, W]");
+  const int64_t W = weight.size(1);
+  require(!bias || has_shape(*bias, {D}), "`bias` must have shape [D]");
+  require(has_shape(y, {B, T, D}), "`y` must have the shape of `x`");
+  int64_t N = B;
+  if (cu_seqlens) {
+    require(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2 && B == 1,
+            "`cu_seqlens` must have shape [N + 1] with N >= 1, and B must be 1");
+    N = cu_seqlens->size(0) - 1;
+    require(cu_seqlens->scalar_type() == ScalarType::Int || cu_seqlens->scalar_type() == ScalarType::Long,
+            "`cu_seqlens` must be int32 or int64");
+  }
+  for (const MaybeTensor* state : {&initial_state, &final_state})
+    require(!*state || has_shape(**state, {N, D, W}), "`initial_state` and `final_state` must have shape [N, D, W]");
+  require(!initial_state || !final_state || initial_state->scalar_type() == final_state->scalar_type(),
+          "`final_state` must have `initial_state`'s dtype");
+  require(y.scalar_type() == x.scalar_type(), "`y` must have the dtype of `x`");
+  for (const Tensor* parameter : {&weight, bias ? &*bias : &weight})
+    require(parameter->scalar_type() == x.scalar_type() || parameter->scalar_type() == ScalarType::Float,
+            "`weight` and `bias` must have the dtype of `x`, or float32");
+  const int32_t device = x.get_device_index();
+  for (const Tensor* tensor : {&x, &weight, &y})
+    require(tensor->is_cuda() && tensor->get_device_index() == device, "the tensors must be on one CUDA device");
+  for (const MaybeTensor* tensor : {&bias, &initial_state, &final_state, &cu_seqlens})
+    require(!*tensor || ((*tensor)->is_cuda() && (*tensor)->get_device_index() == device),
+            "the tensors must be on one CUDA device");
+  const DeviceInfo info = device_info(device);
+  require(info.capability == 90, "the device is not of compute capability 9.0");
+
+  kda::ConvParams params{};
+  params.B = as_int(B, "x"), params.T = as_int(T, "x"), params.D = as_int(D, "x");
+  params.W = as_int(W, "weight"), params.N = as_int(N, "cu_seqlens");
+  params.dtype = dtype_of(x.scalar_type(), "x");
+  params.weight_dtype = dtype_of(weight.scalar_type(), "weight");
+  params.bias_dtype = bias ? dtype_of(bias->scalar_type(), "bias") : params.weight_dtype;
+  const MaybeTensor& state = initial_state ? initial_state : final_state;
+  params.state_dtype = state ? dtype_of(state->scalar_type(), "initial_state") : params.dtype;
+  params.silu = silu;
+  params.num_sms = info.sms;
+  if (const char* reason = kda::conv_refusal(params)) refuse(reason);
+
+  const Place place(device);
+  if (B * T * D * N == 0) {
+    if (final_state && initial_state) torch::stable::copy_(*final_state, *initial_state);
+    if (final_state && !initial_state) torch::stable::zero_(*final_state);
+    return;
+  }
+  // Rows of [B, T, D] as those of [B, T, 1, D].
+  const auto has_rows = [](const Tensor& rows) {
+    const auto sizes = rows.sizes(), strides = rows.strides();
+    const auto element = static_cast<int64_t>(rows.element_size());
+    if (!is_aligned(rows) || strides[2] != 1) return false;
+    for (int dim = 0; dim < 2; ++dim) {
+      const int64_t bytes = strides[dim] * element;
+      if (sizes[dim] > 1 && (bytes <= 0 || bytes % static_cast<int64_t>(kAlignment) != 0)) return false;
+    }
+    return true;
+  };
+  const auto set_row_strides = [](const Tensor& rows, int64_t (&strides)[2]) {
+    const auto sizes = rows.sizes(), own = rows.strides();
+    strides[1] = sizes[1] == 1 ? sizes[2] : own[1];
+    strides[0] = sizes[0] == 1 ? sizes[1] * sizes[2] : own[0];
+  };
+  if (!has_rows(x)) x = fresh_copy(x);
+  set_row_strides(x, params.x_strides);
+  params.x = x.const_data_ptr();
+  if (!is_plain(weight)) weight = fresh_copy(weight);
+  params.weight = weight.const_data_ptr();
+  if (bias && !is_plain(*bias)) bias = fresh_copy(*bias);
+  params.bias = bias ? bias->const_data_ptr() : nullptr;
+  if (initial_state && !is_plain(*initial_state)) initial_state = fresh_copy(*initial_state);
+  params.initial_state = initial_state ? initial_state->const_data_ptr() : nullptr;
+  if (cu_seqlens && !cu_seqlens->is_contiguous()) cu_seqlens = fresh_copy(*cu_seqlens);
+  params.cu_seqlens = cu_seqlens ? cu_seqlens->const_data_ptr() : nullptr;
+  params.cu_seqlens_is_int64 = cu_seqlens && cu_seqlens->scalar_type() == ScalarType::Long;
+  Output output(y, has_rows), final_output(final_state, is_plain);
+  set_row_strides(output.tensor(), params.y_strides);
+  params.y = output.data(), params.final_state = final_output.data();
+  check_cuda(kda::causal_conv1d(params, place.stream()), "causal_conv1d");
+  output.copy_back();
+  final_output.copy_back();
+}
+
 // Why no call with these widths and dtypes could be served, or an empty string. Needs no device.
 template <class Params>
 std::string refusal(const char* (&of)(const Params&), int64_t K, int64_t V, ScalarType dtype, ScalarType state_dtype) {
@@ -567,6 +655,9 @@ STABLE_TORCH_LIBRARY(kda_hf_cuda, m) {
       "Tensor(a!) out, Tensor? A_log, Tensor? dt_bias, float? lower_bound, Tensor(b!) recurrent_state, "
       "Tensor(c!) conv_state, Tensor q_conv_weight, Tensor k_conv_weight, Tensor v_conv_weight, Tensor norm_weight, "
       "float norm_eps, Tensor? state_indices, bool allow_neg_eigval, bool state_v_first) -> ()");
+  m.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) y, "
+      "Tensor(b!)? final_state, bool silu) -> ()");
   m.def("prefill_refusal(int K, int V, ScalarType dtype, ScalarType state_dtype) -> str");
   m.def("recurrent_refusal(int K, int V, ScalarType dtype, ScalarType state_dtype) -> str");
 }
@@ -575,6 +666,7 @@ STABLE_TORCH_LIBRARY_IMPL(kda_hf_cuda, CUDA, m) {
   m.impl("prefill", TORCH_BOX(&prefill));
   m.impl("recurrent", TORCH_BOX(&recurrent));
   m.impl("decode_step", TORCH_BOX(&decode_step));
+  m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kda_hf_cuda, CompositeExplicitAutograd, m) {

@@ -114,8 +114,28 @@ def run_step(dtype: torch.dtype, K: int, V: int, width: int, state_v_first: bool
     assert all(x.cpu().isfinite().all() for x in (out, *states.values()))
 
 
+def run_conv(dtype: torch.dtype, width: int, lengths: list[int] | None, state: torch.dtype | None) -> None:
+    """In place where there is a state, on the raw operator: `causal_conv1d` has no choice of backend."""
+    B, T, D = (2, 37, 264) if lengths is None else (1, sum(lengths) + 3, 40)
+    N = B if lengths is None else len(lengths)
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape).to(dtype).cuda()
+
+    y = torch.empty(B, T, D, dtype=dtype, device="cuda")
+    states = None if state is None else tensor(N, D, width, dtype=state)
+    bounds = None if lengths is None else torch.tensor([0, *itertools.accumulate(lengths)]).cuda()
+    torch.ops.kda_hf_cuda.causal_conv1d(
+        tensor(B, T, D), tensor(D, width), tensor(D), states, bounds, y, states, state is not None
+    )
+    assert y.cpu().isfinite().all() and (states is None or states.cpu().isfinite().all())
+
+
 def main() -> None:
     torch.manual_seed(0)
+    for dtype, width, state in itertools.product((*DTYPES, torch.float32), (2, 3, 4), (None, torch.float32, *DTYPES)):
+        for lengths in (None, [5, 0, 1, 2, 3, 70]):
+            run_conv(dtype, width, lengths, state)
     for dtype, state, (K, V), v_first in itertools.product(
         (*DTYPES, torch.float32), (torch.float32, torch.bfloat16), WIDTHS, (False, True)
     ):

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 EXTENSION = Path(__file__).parents[1] / "_C.abi3.so"
-OPERATORS = ("fwd", "chunk_kda", "recurrent_kda", "kda_decode_step")
-UNPROVEN = ("recurrent_kda", "kda_decode_step")  # not run on a GPU yet: for those who ask for it
+OPERATORS = ("fwd", "chunk_kda", "recurrent_kda", "kda_decode_step", "causal_conv1d")
+UNPROVEN = ("recurrent_kda", "kda_decode_step", "causal_conv1d")  # not run on a GPU yet: for those who ask for it
 WIDTHS = (64, 128)  # of K and V
 CAPABILITY = (9, 0)  # the kernels are of sm_90a, which runs on this one only
 REFUSED = "kda_hf refuses: "  # how the message starts where the extension has written nothing
@@ -48,8 +48,6 @@ def status() -> str:
 
 
 if _unavailable is None:
-    _prefill = torch.ops.kda_hf_cuda.prefill.default
-    _recurrent = torch.ops.kda_hf_cuda.recurrent.default
     _refusals = {
         "prefill": torch.ops.kda_hf_cuda.prefill_refusal.default,
         "recurrent": torch.ops.kda_hf_cuda.recurrent_refusal.default,
@@ -61,8 +59,11 @@ if _unavailable is None:
         if len({x.device for x in args if isinstance(x, torch.Tensor)}) > 1:
             raise RuntimeError(f"{REFUSED}the tensors must be on one device")
 
-    _decode_step = torch.ops.kda_hf_cuda.decode_step.default
-    for _kernel in ("prefill", "recurrent", "decode_step"):
+    _kernels = {
+        name: getattr(torch.ops.kda_hf_cuda, name).default
+        for name in ("prefill", "recurrent", "decode_step", "causal_conv1d")
+    }
+    for _kernel in _kernels:
         # They have no gradient, and calls that want one go elsewhere: autograd has nothing to do here.
         _library.impl(_kernel, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"kda_hf_cuda::{_kernel}", _fake, lib=_library)
@@ -107,6 +108,8 @@ def refusal(call: "Call") -> str | None:
         return f"the kernel for {call.op} has not proved itself on a GPU yet: backend='cuda' asks for it"
     if call.mixed_dtypes:
         return "q, k and v have several dtypes, or g or beta has neither theirs nor torch.float32"
+    if call.op == "causal_conv1d":
+        return _refused_by_device(call.device.index)
     if call.K not in WIDTHS or call.V not in WIDTHS:
         return f"the head dimensions are {call.K} and {call.V}, and there are kernels for {WIDTHS[0]} and {WIDTHS[1]}"
     # By comparison, since torch.compile may trace a head dimension as a symbol: it becomes a number here.
@@ -218,8 +221,29 @@ def decode_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any)
     return out if reason is None else reason
 
 
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    activation: str | None,
+    cu_seqlens: torch.Tensor | None,
+    output_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None] | str:
+    """y and the final state, or why the call was refused."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    final_state = None
+    if output_final_state:
+        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        dtype = x.dtype if initial_state is None else initial_state.dtype
+        final_state = x.new_empty((sequences, *weight.shape), dtype=dtype)
+    arguments = (x, weight, bias, initial_state, cu_seqlens, y, final_state, activation is not None)
+    reason = _call(*arguments, kernel="causal_conv1d")
+    return (y, final_state) if reason is None else reason
+
+
 def _call(*args: Any, kernel: str = "prefill") -> str | None:
-    operator = _prefill if kernel == "prefill" else _recurrent if kernel == "recurrent" else _decode_step
+    operator = _kernels[kernel]
     if torch.compiler.is_compiling():
         operator(*args)  # traced with fake tensors, which nothing refuses
         return None
