@@ -14,9 +14,10 @@ __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontr
 
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// Allows `Kernel` its dynamic shared memory, once a device.
+// Allows `Kernel` its dynamic shared memory, once a device: always the same, where it is more than all kernels may have.
 template <auto Kernel>
 cudaError_t allow_shared_memory(int bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
   static std::atomic<uint64_t> allowed{0};  // a bit a device
   int device;
   if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
