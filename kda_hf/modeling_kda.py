@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache import KDACache, KDACacheLayer
 from .configuration_kda import KDAConfig
 from .generation import CACHE_NAME, KDAGenerationMixin, takes_cache
-from .ops import causal_conv1d, chunk_kda, kda_decode_step, recurrent_kda, serves_decode_step
+from .ops import causal_conv1d, chunk_kda, has_kernel, kda_decode_step, recurrent_kda
 
 
 class KDARMSNormGated(nn.Module):
@@ -167,12 +167,14 @@ class KimiDeltaAttention(nn.Module):
             and q.shape[1] == 1
             and valid is None
             and cu_seqlens is None
-            and not torch.is_grad_enabled()
             and isinstance(cache.layers[self.layer_idx], KDACacheLayer)
             and cache.has_previous_state(self.layer_idx)
             and cache.layers[self.layer_idx].conv_states[0].shape[0] == q.shape[0]
-            and serves_decode_step(q, self.head_dim, self.value_head_dim, cache.layers[self.layer_idx].state_dtype)
+            and self._has_kernel("kda_decode_step", q, cache.layers[self.layer_idx].state_dtype)
         )
+
+    def _has_kernel(self, op: str, x: torch.Tensor, state_dtype: torch.dtype) -> bool:
+        return not torch.is_grad_enabled() and has_kernel(op, x, self.head_dim, self.value_head_dim, state_dtype)
 
     def _step(
         self,
@@ -260,7 +262,10 @@ class KimiDeltaAttention(nn.Module):
 
         batch, length = mixed.shape[:2]
         q, k, v = mixed.split(self.qkv_dims, dim=-1)
-        kda = recurrent_kda if length == 1 else chunk_kda
+        # Token by token where that is faster: always for one, and for as many as one launch of the kernel takes.
+        state_dtype = torch.float32 if recurrent_state is None else recurrent_state.dtype
+        by_token = length == 1 or (length <= 16 and self._has_kernel("recurrent_kda", mixed, state_dtype))
+        kda = recurrent_kda if by_token else chunk_kda
         output, new_recurrent_state = kda(
             q.view(batch, length, self.num_heads, self.head_dim),
             k.view(batch, length, self.num_heads, self.head_dim),

@@ -101,7 +101,7 @@ def test_steps_of_one_call_change_nothing(model, monkeypatch, mode):
         calls.append(args)
         return ops.kda_decode_step(*args, **kwargs)
 
-    monkeypatch.setattr(modeling_kda, "serves_decode_step", lambda *_: True)
+    monkeypatch.setattr(modeling_kda, "has_kernel", lambda *_: True)
     monkeypatch.setattr(modeling_kda, "kda_decode_step", counted)
     actual = model.generate(ids, **options)
     assert bool(calls) == (mode.get("use_cache", True))

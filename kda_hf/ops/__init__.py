@@ -447,9 +447,10 @@ def kda_decode_step(
     return torch.ops.kda_hf.kda_decode_step(*arguments)
 
 
-def serves_decode_step(q: torch.Tensor, K: int, V: int, state_dtype: torch.dtype) -> bool:
-    """Whether a kernel serves `kda_decode_step` for such calls; else its parts are faster one by one."""
-    return backends.has_kernel(backends.Call("kda_decode_step", q.device, q.dtype, K, V, state_dtype=state_dtype))
+def has_kernel(op: str, x: torch.Tensor, K: int, V: int, state_dtype: torch.dtype) -> bool:
+    """Whether a kernel of ours serves inference with `op` for tensors like x: what else there is may be slower than
+    another way."""
+    return backends.has_kernel(backends.Call(op, x.device, x.dtype, K, V, state_dtype=state_dtype))
 
 
 def causal_conv1d(
