@@ -173,7 +173,7 @@ struct Arguments {
   void check(kda::KdaParams& params, std::optional<int64_t> rows, std::optional<int64_t> count) const;
 
   // Whether there is nothing to compute: then the final state is the initial one, which this sees to.
-  bool are_empty(const kda::KdaParams& params, cudaStream_t stream);
+  bool are_empty(const kda::KdaParams& params);
 
   // Sets pointers and strides, of copies where a kernel could not read what the caller gave.
   void point(kda::KdaParams& params);
@@ -290,7 +290,7 @@ void Arguments::point(kda::KdaParams& params) {
   params.cu_seqlens_is_int64 = cu_seqlens && cu_seqlens->scalar_type() == ScalarType::Long;
 }
 
-bool Arguments::are_empty(const kda::KdaParams& params, cudaStream_t stream) {
+bool Arguments::are_empty(const kda::KdaParams& params) {
   if (static_cast<int64_t>(params.B) * params.T * params.HV * params.N != 0) return false;
   if (final_state && initial_state) {
     if (final_state->get() != initial_state->get()) torch::stable::copy_(*final_state, *initial_state);
@@ -349,7 +349,7 @@ void prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, 
 
   // From here on the call is served.
   const Place place(arguments.device());
-  if (arguments.are_empty(params, place.stream())) return;
+  if (arguments.are_empty(params)) return;
   arguments.point(params);
   arguments.point_parameters(params);
   Output output(out, has_aligned_rows), final_output(final_state, is_plain), states_output(states, is_plain);
@@ -416,7 +416,7 @@ void recurrent(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale
   }
 
   const Place place(arguments.device());
-  if (!state_indices && arguments.are_empty(params, place.stream())) return;
+  if (!state_indices && arguments.are_empty(params)) return;
   if (static_cast<int64_t>(params.B) * params.T * params.HV * params.N == 0) return;  // no state of a pool changes
   arguments.point(params);
   arguments.point_parameters(params);

@@ -142,17 +142,21 @@ class KimiDeltaAttention(nn.Module):
         qkv = (self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states))
         g = self.f_b_proj(self.f_a_proj(hidden_states)).view(batch, length, self.num_value_heads, self.head_dim)
         beta = self.b_proj(hidden_states)
-        gate = self.g_b_proj(self.g_a_proj(hidden_states)).view(batch, length, self.num_value_heads, -1)
-
         if self._steps(past_key_values, qkv[0], valid, cu_seqlens):
             assert past_key_values is not None
-            return self.o_proj(self._step(past_key_values, qkv, g, beta, gate).flatten(-2))
+            output = self._step(past_key_values, qkv, g, beta, self._output_gate(hidden_states))
+            return self.o_proj(output.flatten(-2))
+
         conv_inputs = torch.cat(qkv, dim=-1)
         if past_key_values is None:
             output, _, _ = self.mix(conv_inputs, g, beta, valid, cu_seqlens=cu_seqlens)
         else:
             output = self._mix_with_cache(past_key_values, conv_inputs, g, beta, valid, cu_seqlens)
-        return self.o_proj(self.o_norm(output, gate).flatten(-2))
+        return self.o_proj(self.o_norm(output, self._output_gate(hidden_states)).flatten(-2))
+
+    def _output_gate(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits `[B, T, HV, V]`."""
+        return self.g_b_proj(self.g_a_proj(hidden_states)).unflatten(-1, (self.num_value_heads, self.value_head_dim))
 
     def _steps(
         self,
