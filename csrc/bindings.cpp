@@ -371,6 +371,15 @@ void prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, 
   states_output.copy_back();
 }
 
+void check_indices(const MaybeTensor& state_indices, int64_t N, int32_t device) {
+  if (!state_indices) return;
+  require(has_shape(*state_indices, {N}), "`state_indices` must have shape [N]");
+  require(state_indices->scalar_type() == ScalarType::Int || state_indices->scalar_type() == ScalarType::Long,
+          "`state_indices` must be int32 or int64");
+  require(state_indices->is_cuda() && state_indices->get_device_index() == device,
+          "the tensors must be on one CUDA device");
+}
+
 void recurrent(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, Tensor out, MaybeTensor A_log,
                MaybeTensor dt_bias, std::optional<double> lower_bound, MaybeTensor initial_state,
                MaybeTensor final_state, MaybeTensor states, MaybeTensor cu_seqlens, MaybeTensor state_indices,
@@ -404,12 +413,8 @@ void recurrent(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale
   arguments.check(params, rows, q.dim() == 4 ? q.size(1) : 0);
   params.rows = rows ? as_int(*rows, "initial_state") : params.N;
   if (const char* reason = kda::recurrent_refusal(params)) refuse(reason);
+  check_indices(state_indices, params.N, arguments.device());
   if (state_indices) {
-    require(has_shape(*state_indices, {params.N}), "`state_indices` must have shape [N]");
-    require(state_indices->scalar_type() == ScalarType::Int || state_indices->scalar_type() == ScalarType::Long,
-            "`state_indices` must be int32 or int64");
-    require(state_indices->is_cuda() && state_indices->get_device_index() == arguments.device(),
-            "the tensors must be on one CUDA device");
     require(initial_state->const_data_ptr() == final_state->const_data_ptr() && is_plain(*initial_state) &&
                 is_plain(*final_state),
             "`initial_state` must be contiguous with `state_indices`");
@@ -476,7 +481,7 @@ void decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor out
   require(has_shape(norm_weight, {params.V}), "`norm_weight` must have shape [V]");
   require(has_shape(conv_state, {rows, 2 * key_channels + value_channels, width}),
           "`conv_state` must have shape [P, 2 H K + HV V, W]");
-  require(!state_indices || has_shape(*state_indices, {params.N}), "`state_indices` must have shape [N]");
+  check_indices(state_indices, params.N, arguments.device());
 
   const ScalarType dtype = q.scalar_type(), weight_dtype = norm_weight.scalar_type();
   require(output_gate.scalar_type() == dtype, "`output_gate` must have the dtype of `q`");
@@ -487,14 +492,9 @@ void decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor out
     require(x->scalar_type() == dtype || x->scalar_type() == ScalarType::Float,
             "the weights and `conv_state` must have the dtype of `q`, or float32");
   }
-  require(!state_indices || state_indices->scalar_type() == ScalarType::Int ||
-              state_indices->scalar_type() == ScalarType::Long,
-          "`state_indices` must be int32 or int64");
   for (const Tensor* x : {&output_gate, &q_conv_weight, &k_conv_weight, &v_conv_weight, &norm_weight, &conv_state}) {
     require(x->is_cuda() && x->get_device_index() == arguments.device(), "the tensors must be on one CUDA device");
   }
-  require(!state_indices || (state_indices->is_cuda() && state_indices->get_device_index() == arguments.device()),
-          "the tensors must be on one CUDA device");
   require(is_plain(recurrent_state), "`recurrent_state` must be contiguous");
   require(is_plain(conv_state), "`conv_state` must be contiguous");
 

@@ -18,7 +18,7 @@
 
 #include "api/conv.h"
 #include "common/launch.cuh"
-#include "common/math.cuh"
+#include "common/vector.cuh"
 
 namespace kda {
 
@@ -40,63 +40,6 @@ __host__ __device__ __forceinline__ int conv_head_groups(const ConvParams& p) {
 
 __host__ __device__ __forceinline__ int conv_runs(const ConvParams& p, int tokens_at_a_time) {
   return (p.T - 1) / tokens_at_a_time + 1;
-}
-
-// N neighbours that 32-bit words hold.
-template <class T, int N>
-__device__ __forceinline__ void expand(const uint32_t (&words)[N * sizeof(T) / 4], float (&x)[N]) {
-  if constexpr (sizeof(T) == 4) {
-    __builtin_memcpy(x, words, sizeof(x));
-  } else {
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      const float2 pair = unpack<T>(words[i]);
-      x[2 * i] = pair.x;
-      x[2 * i + 1] = pair.y;
-    }
-  }
-}
-
-template <class T, int N>
-__device__ __forceinline__ void compress(const float (&x)[N], uint32_t (&words)[N * sizeof(T) / 4]) {
-  if constexpr (sizeof(T) == 4) {
-    __builtin_memcpy(words, x, sizeof(x));
-  } else {
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) words[i] = pack<T>(x[2 * i], x[2 * i + 1]);
-  }
-}
-
-// The widest that N elements are a multiple of: 16-bit states of four channels, where x is fp32, may be 8 bytes more
-// than a multiple of 16.
-template <class T, int N>
-using WidestVector = std::conditional_t<N * sizeof(T) % 16 == 0, uint4, uint2>;
-
-// N neighbours from element `index` on, in global memory.
-template <class T, int N>
-__device__ __forceinline__ void load_neighbours(const void* base, int64_t index, float (&x)[N]) {
-  using Vector = WidestVector<T, N>;
-  constexpr int kVectors = N * sizeof(T) / sizeof(Vector);
-  const Vector* const from = reinterpret_cast<const Vector*>(static_cast<const T*>(base) + index);
-  Vector vectors[kVectors];
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) vectors[i] = from[i];
-  uint32_t words[N * sizeof(T) / 4];
-  __builtin_memcpy(words, vectors, sizeof(words));
-  expand<T>(words, x);
-}
-
-template <class T, int N>
-__device__ __forceinline__ void store_neighbours(void* base, int64_t index, const float (&x)[N]) {
-  using Vector = WidestVector<T, N>;
-  constexpr int kVectors = N * sizeof(T) / sizeof(Vector);
-  Vector* const to = reinterpret_cast<Vector*>(static_cast<T*>(base) + index);
-  uint32_t words[N * sizeof(T) / 4];
-  compress<T>(x, words);
-  Vector vectors[kVectors];
-  __builtin_memcpy(vectors, words, sizeof(words));
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) to[i] = vectors[i];
 }
 
 // A bound of sequences in [0, T], whatever the caller's tensor says.

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(V / kSliceWidth * kSliceThreads, 128 / V)
     OwnSlice state(exchange + slice * OwnSlice::kExchange, V, slice * kSliceWidth);
     RawToken<K> raw;
     if (warp == 0) {
-      load_values_of<Element>(p.g, n * p.g_strides[0] + head * p.g_strides[2] + lane * (K / 32), p.g_dtype, raw.g);
+      load_neighbours_of<Element>(p.g, n * p.g_strides[0] + head * p.g_strides[2] + lane * (K / 32), p.g_dtype, raw.g);
       const int64_t beta = n * p.beta_strides[0] + head * p.beta_strides[2];
       raw.beta = p.beta_dtype == DType::kFP32 ? load_float<float>(p.beta, beta) : load_float<Element>(p.beta, beta);
     }

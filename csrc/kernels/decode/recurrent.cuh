@@ -42,9 +42,9 @@ __device__ __forceinline__ void load_token(const KdaParams& p, int batch, int to
   const auto row = [&](const int64_t (&strides)[3], int h) {
     return batch * strides[0] + token * strides[1] + h * strides[2];
   };
-  load_values<Element>(p.q, row(p.q_strides, key_head) + channel, raw.q);
-  load_values<Element>(p.k, row(p.k_strides, key_head) + channel, raw.k);
-  load_values_of<Element>(p.g, row(p.g_strides, head) + channel, p.g_dtype, raw.g);
+  load_neighbours<Element>(p.q, row(p.q_strides, key_head) + channel, raw.q);
+  load_neighbours<Element>(p.k, row(p.k_strides, key_head) + channel, raw.k);
+  load_neighbours_of<Element>(p.g, row(p.g_strides, head) + channel, p.g_dtype, raw.g);
   const int64_t beta = row(p.beta_strides, head);
   raw.beta = p.beta_dtype == DType::kFP32 ? load_float<float>(p.beta, beta) : load_float<Element>(p.beta, beta);
 }

@@ -15,7 +15,7 @@
 #include <type_traits>
 
 #include "api/decode.h"
-#include "common/math.cuh"
+#include "common/vector.cuh"
 
 namespace kda {
 
@@ -31,32 +31,10 @@ struct alignas(16) Token {
   float key_query, beta;
 };
 
-// N neighbours, 2 or 4, from element `index` on. Rows start at multiples of 16 bytes.
-template <class T, int N>
-__device__ __forceinline__ void load_values(const void* base, int64_t index, float (&x)[N]) {
-  const T* const from = static_cast<const T*>(base) + index;
-  if constexpr (sizeof(T) == 4) {
-    using Vector = std::conditional_t<N == 4, float4, float2>;
-    const Vector r = __ldcg(reinterpret_cast<const Vector*>(from));
-    __builtin_memcpy(x, &r, sizeof(x));
-  } else {
-    using Vector = std::conditional_t<N == 4, uint2, unsigned>;
-    const Vector r = __ldcg(reinterpret_cast<const Vector*>(from));
-    uint32_t pairs[N / 2];
-    __builtin_memcpy(pairs, &r, sizeof(pairs));
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      const float2 pair = unpack<T>(pairs[i]);
-      x[2 * i] = pair.x;
-      x[2 * i + 1] = pair.y;
-    }
-  }
-}
-
-// The same where the dtype is known when the call comes: fp32 or Element.
+// N neighbours of fp32 or Element, as is known when the call comes.
 template <class Element, int N>
-__device__ __forceinline__ void load_values_of(const void* base, int64_t index, DType dtype, float (&x)[N]) {
-  dtype == DType::kFP32 ? load_values<float>(base, index, x) : load_values<Element>(base, index, x);
+__device__ __forceinline__ void load_neighbours_of(const void* base, int64_t index, DType dtype, float (&x)[N]) {
+  dtype == DType::kFP32 ? load_neighbours<float>(base, index, x) : load_neighbours<Element>(base, index, x);
 }
 
 template <class T>
@@ -163,28 +141,13 @@ class Slice {
   __device__ __forceinline__ void load(const void* states, int64_t matrix) {
     const State* const from = static_cast<const State*>(states) + matrix * K * V_;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      if constexpr (sizeof(State) == 4) {
-        const float4 r = __ldcg(reinterpret_cast<const float4*>(from + offset(i)));
-        s_[i][0] = r.x, s_[i][1] = r.y, s_[i][2] = r.z, s_[i][3] = r.w;
-      } else {
-        const uint2 r = __ldcg(reinterpret_cast<const uint2*>(from + offset(i)));
-        const float2 low = unpack<State>(r.x), high = unpack<State>(r.y);
-        s_[i][0] = low.x, s_[i][1] = low.y, s_[i][2] = high.x, s_[i][3] = high.y;
-      }
-    }
+    for (int i = 0; i < kSteps; ++i) load_neighbours<State>(from, offset(i), s_[i]);
   }
 
   __device__ __forceinline__ void store(void* states, int64_t matrix) const {
     State* const to = static_cast<State*>(states) + matrix * K * V_;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      if constexpr (sizeof(State) == 4) {
-        *reinterpret_cast<float4*>(to + offset(i)) = {s_[i][0], s_[i][1], s_[i][2], s_[i][3]};
-      } else {
-        *reinterpret_cast<uint2*>(to + offset(i)) = {pack<State>(s_[i][0], s_[i][1]), pack<State>(s_[i][2], s_[i][3])};
-      }
-    }
+    for (int i = 0; i < kSteps; ++i) store_neighbours<State>(to, offset(i), s_[i]);
   }
 
   // One token, whose `values` of these channels lie in shared memory. All threads of the CTA come here together. `out` is
