@@ -8,9 +8,11 @@ import pytest
 import test_fwd
 import test_ops_decode_step as layer
 import torch
+import torch.nn.functional as F
 from test_fwd import DEVICE, GATES, WIDTHS, Guarded, arguments, error, packed, randn
 
 from kda_hf import ops
+from kda_hf.ops import cuda
 
 
 pytestmark = test_fwd.pytestmark
@@ -20,6 +22,7 @@ STATES = [torch.float32, torch.bfloat16]
 # Relative L2: rounding the output to its dtype, and the state to bf16, is nearly all of it.
 OUTPUT_BOUNDS = {torch.bfloat16: 2.5e-3, torch.float16: 3.5e-4, torch.float32: 3e-6}
 STATE_BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 2.5e-3}
+PER_TOKEN = ("q", "k", "v", "g", "beta")
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +56,23 @@ def check(inputs):
 
 
 def values_first(inputs):
-    return inputs | {"state_v_first": True, "initial_state": inputs["initial_state"].mT.contiguous()}
+    others = {"initial_state": inputs["initial_state"].mT.contiguous()} if "initial_state" in inputs else {}
+    return inputs | {"state_v_first": True} | others
+
+
+def tokens_of(inputs, *where):
+    return inputs | {name: inputs[name][where] for name in PER_TOKEN}
+
+
+def guarded(inputs):
+    """Guarded `out`, `final_state` and `states` for the raw operator."""
+    B, T, HV, _ = inputs["v"].shape
+    state = inputs["initial_state"]
+    return (
+        Guarded(*inputs["v"].shape, dtype=inputs["v"].dtype),
+        Guarded(*state.shape, dtype=state.dtype),
+        Guarded(B, T, *state.shape[1:], dtype=state.dtype),
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- recurrent_kda
@@ -62,7 +81,7 @@ def values_first(inputs):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("T", [1, 2, 5, 16])
+@pytest.mark.parametrize("T", [1, 2, 3, 5, 15, 16])
 def test_lengths_gates_widths_dtypes(T, gate, widths, dtype):
     for state in STATES:
         inputs = arguments(3, T, 2, 4, *widths, gate, dtype, state=state)
@@ -72,29 +91,34 @@ def test_lengths_gates_widths_dtypes(T, gate, widths, dtype):
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("beta", ["given", "sigmoid", "negative"])
-@pytest.mark.parametrize("gate", ["given", "safe", "softplus", "no parameters"])
+@pytest.mark.parametrize(
+    "gate",
+    ["given", *(f"{g}{w}" for g in ("safe", "softplus") for w in ("", " -A_log", " -dt_bias", " -A_log -dt_bias"))],
+)
+@pytest.mark.parametrize("v_first", [False, True])
 @pytest.mark.parametrize("state", [None, *STATES])
-def test_flags(state, gate, beta, norm):
-    inputs = arguments(2, 3, 2, 2, gate="softplus" if gate == "softplus" else "steep", state=state)
+def test_flags(state, v_first, gate, beta, norm):
+    inputs = arguments(2, 3, 2, 2, gate="softplus" if gate.startswith("softplus") else "steep", state=state)
     inputs["use_qk_l2norm_in_kernel"] = norm
     if not norm:
-        inputs["k"] = torch.nn.functional.normalize(inputs["k"].float(), dim=-1).bfloat16()
+        inputs["k"] = F.normalize(inputs["k"].float(), dim=-1).bfloat16()
     inputs["use_beta_sigmoid_in_kernel"] = beta != "given"
     inputs["allow_neg_eigval"] = beta == "negative"
     if beta == "given":
         inputs["beta"] = inputs["beta"].sigmoid()
     if gate == "given":
-        inputs |= {"use_gate_in_kernel": False, "g": -inputs["g"].float().abs(), "A_log": None, "dt_bias": None}
-        inputs["lower_bound"] = None
-    elif gate == "no parameters":
-        inputs |= {"A_log": None, "dt_bias": None}
+        inputs |= {"use_gate_in_kernel": False, "g": -inputs["g"].abs(), "lower_bound": None}
+    inputs |= {name: None for name in ("A_log", "dt_bias") if gate == "given" or f"-{name}" in gate}
+    if v_first:
+        inputs = values_first(inputs)
     check(inputs)
-    check(inputs | {"scale": -0.5, "beta": inputs["beta"].float()})
+    check(inputs | {"scale": -0.5, "g": inputs["g"].float(), "beta": inputs["beta"].float()})
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (1, 3), (2, 8), (5, 5), (4, 32)])
+@pytest.mark.parametrize("heads", [(1, 1), (1, 3), (2, 8), (3, 6), (5, 5), (4, 32)])
 def test_grouped_value_heads(heads):
     check(arguments(2, 3, *heads, gate="bimodal"))
+    check(values_first(packed([2, 0, 1], 1, H=heads[0], HV=heads[1], gate="bimodal")))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -102,20 +126,87 @@ def test_parameters_of_other_dtypes(dtype):
     inputs = arguments(2, 2)
     for names in (("A_log", "dt_bias"), ("A_log",), ("dt_bias",)):
         check(inputs | {name: inputs[name].to(dtype) for name in names})
+    check(inputs | {"dt_bias": inputs["dt_bias"].to(dtype).flatten()})
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, None), (None, torch.float32), (torch.float32, torch.float32)])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_g_and_beta_in_fp32(dtype, dtypes):
+    inputs = arguments(2, 5, dtype=dtype)
+    check(inputs | {name: inputs[name].to(other or dtype) for name, other in zip(("g", "beta"), dtypes, strict=True)})
+
+
+@pytest.mark.parametrize("steps", [0.0, 1.0, 20.0, 100.0, 3e3, math.inf])
+def test_any_decay_is_exact(steps):
+    """Log-decays between 0 and -`steps`, drawn for each token and channel: none may overflow, or be clamped."""
+    inputs = arguments(1, 16) | {"use_gate_in_kernel": False, "A_log": None, "dt_bias": None, "lower_bound": None}
+    uniform = torch.rand(1, 16, 2, 128, device=DEVICE)
+    inputs["g"] = torch.where(uniform < 0.5, 0.0, -math.inf) if steps == math.inf else -uniform.pow(4) * steps
+    check(inputs)
+    check(values_first(inputs))
+
+
+# At most 16 tokens a sequence on average, spare ones included.
+PACKINGS = {
+    "one token": [1],
+    "all empty": [0, 0, 0],
+    "empty at the ends": [0, 7, 0],
+    "last": [0, 0, 1],
+    "odd": [1, 0, 16, 3],
+    "full": [16, 16, 3],
+    "one longer than 16": [33, 1, 0, 2],
+    "single tokens": [1] * 70,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64])
 @pytest.mark.parametrize("spare", [0, 5])
-@pytest.mark.parametrize("lengths", [[1, 0, 16, 3], [0, 0, 1], [33, 1, 0, 2], [1] * 300], ids=str)
-def test_packed(lengths, spare, integer):
-    inputs = packed(lengths, spare, integer, gate="mild")
-    o, state = kernel(inputs)
-    assert_close(o, state, exact(inputs))
-    assert not o[:, sum(lengths) :].any()
+@pytest.mark.parametrize("lengths", PACKINGS.values(), ids=PACKINGS)
+def test_packed(lengths, spare, integer, dtype):
+    inputs = packed(lengths, spare, integer, gate="mild", dtype=dtype)
+    for call in (inputs, values_first(inputs)):
+        check(call)
+        assert not kernel(call)[0][:, sum(lengths) :].any()
 
 
-def test_many_sequences():
-    check(packed(torch.randint(0, 3, (4096,)).tolist(), H=1, HV=2))
+@pytest.mark.parametrize("v_first", [False, True])
+def test_many_sequences(v_first):
+    for inputs in (arguments(256, 1, 2, 4), packed(torch.randint(0, 3, (4096,)).tolist(), K=64, V=64, H=1, HV=2)):
+        check(values_first(inputs) if v_first else inputs)
+
+
+def test_as_many_sequences_as_a_grid_takes():
+    """Without a state, a token's output is β (k · q) v."""
+    inputs = arguments(65535, 1, 1, 1, 64, 64, state=None)
+    o, state = kernel(inputs, output_final_state=False)
+    q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (inputs[n].double() for n in "qk"))
+    weights = inputs["beta"].double().sigmoid() * (q * k).sum(-1) * 64**-0.5
+    assert state is None and error(o, weights.unsqueeze(-1) * inputs["v"].double()) <= OUTPUT_BOUNDS[torch.bfloat16]
+    with pytest.raises(RuntimeError, match="too many sequences"):
+        kernel(arguments(65536, 1, 1, 1, 64, 64, state=None), output_final_state=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "others", "expected"),
+    [
+        (lambda: arguments(2, 16), {}, "recurrent"),
+        (lambda: arguments(2, 17), {}, "prefill"),
+        (lambda: packed([30, 0], 2), {}, "recurrent"),
+        (lambda: packed([30, 0], 3), {}, "prefill"),
+        (lambda: arguments(2, 1), {"return_intermediate_states": True}, "prefill"),
+        (lambda: arguments(2, 17), {"state_indices": [1, 0]}, "recurrent"),
+        (lambda: packed([30, 0], 3), {"state_indices": [1, 0]}, "recurrent"),
+    ],
+)
+def test_which_kernel_serves(make, others, expected, monkeypatch):
+    calls, call = [], cuda._call
+    monkeypatch.setattr(
+        cuda, "_call", lambda *args, **how: calls.append(how.get("kernel", "prefill")) or call(*args, **how)
+    )
+    others = {name: torch.tensor(x, device=DEVICE) if isinstance(x, list) else x for name, x in others.items()}
+    kernel(make(), **others)
+    assert calls == [expected]
 
 
 def test_views_of_one_projection():
@@ -132,31 +223,69 @@ def test_views_of_one_projection():
     )
 
 
-@pytest.mark.parametrize("bounds", [[0, 50, 3, 9], [7, 2, 1, 0], [-4, 1, 2, 1000]])
-def test_bad_bounds(bounds):
-    inputs = packed([4, 4, 4]) | {"cu_seqlens": torch.tensor(bounds, device=DEVICE)}
-    o, state = kernel(inputs)
+@pytest.mark.parametrize("name", PER_TOKEN)
+@pytest.mark.parametrize("layout", ["heads first", "every other", "odd start", "odd rows", "repeated"])
+def test_any_layout(layout, name):
+    inputs = arguments(2, 3)
+    x = inputs[name]
+    if layout == "heads first":
+        view = x.transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "every other":
+        view = torch.stack((x, x * math.nan), -1).flatten(-2)[..., ::2]
+    elif layout == "odd start":
+        view = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)[1:].view(x.shape).copy_(x)
+    elif layout == "odd rows":
+        view = F.pad(x, (0, 3), value=math.nan)[..., : x.shape[-1]]
+    else:
+        view = x[:, :1].expand(x.shape)
+    check(inputs | {name: view})
+
+
+def test_any_layout_of_initial_states_and_indices():
+    inputs = arguments(3, 2)
+    check(inputs | {"initial_state": inputs["initial_state"].mT})
+    pool = inputs["initial_state"].clone()
+    indices = torch.tensor([2, 7, 0, 7, 1, 7], device=DEVICE)[::2]
+    expected = exact(inputs | {"initial_state": pool[indices]})
+    o, _ = kernel(inputs | {"initial_state": pool}, state_indices=indices)
+    assert_close(o, pool[indices], expected)
+
+
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64])
+@pytest.mark.parametrize("bounds", [[0, 50, 3, 9], [7, 2, 1, 0], [-4, 1, 2, 1000], [0, 2**31 - 1, 4, 12]])
+def test_bad_bounds(bounds, integer, monkeypatch):
+    """Nothing is written out of bounds, whatever the device's bounds say; and they are checked on demand."""
+    inputs = packed([4, 4, 4]) | {"cu_seqlens": torch.tensor(bounds, dtype=integer, device=DEVICE)}
+    buffers = guarded(inputs)
+    raw(inputs, *(x.tensor for x in buffers))
     torch.cuda.synchronize()
-    assert o.shape == inputs["v"].shape and state.shape == inputs["initial_state"].shape
+    assert all(x.is_intact() for x in buffers)
+    monkeypatch.setenv("KDA_HF_CHECK", "1")
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        kernel(inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------- pools
 
 
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("v_first", [False, True])
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("T", [1, 16, 17, 50])
-def test_pool(T, state, integer):
-    rows = [5, -1, 0, 7, 2, -(2**31), 8]  # of 8: three of them are none
-    inputs = arguments(7, T, 2, 4, gate="mild", N=8, state=state)
+def test_pool(T, state, v_first, dtype, integer):
+    # Of 8: three of them are none, one of which ends with the bits of 3.
+    rows = [5, -1, 0, 7, 2, -(2**31) if integer == torch.int32 else 2**32 + 3, 8]
+    inputs = arguments(7, T, 2, 4, gate="mild", dtype=dtype, N=8, state=state)
+    if v_first:
+        inputs = values_first(inputs)
     pool = inputs["initial_state"]
     before = pool.clone()
     indices = torch.tensor(rows, dtype=integer, device=DEVICE)
     o, final_state = kernel(inputs, state_indices=indices)
     assert final_state is pool
     used = [i for i, row in enumerate(rows) if 0 <= row < 8]
-    own = {name: inputs[name][used] for name in ("q", "k", "v", "g", "beta")}
-    expected = exact(inputs | own | {"initial_state": before[[rows[i] for i in used]]})
+    expected = exact(tokens_of(inputs, used) | {"initial_state": before[[rows[i] for i in used]]})
     assert_close(o[used], pool[[rows[i] for i in used]], expected)
     assert not o[[1, 5, 6]].any()
     assert all(torch.equal(pool[row], before[row]) for row in (1, 3, 4, 6))
@@ -176,21 +305,76 @@ def test_pool_of_packed_sequences():
     assert all(torch.equal(pool[row], before[row]) for row in (1, 2, 3, 5))
 
 
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("T", [1, 16])
+def test_in_place_is_as_out_of_place(T, state, v_first):
+    inputs = arguments(3, T, state=state)
+    if v_first:
+        inputs = values_first(inputs)
+    o, final_state = kernel(inputs)
+    out, alone = torch.full_like(o, math.nan), inputs["initial_state"].clone()
+    raw(inputs | {"initial_state": alone, "scale": 128**-0.5}, out, alone)
+    assert torch.equal(out, o) and torch.equal(alone, final_state)
+    for order in ([0, 1, 2], [2, 0, 1]):
+        pool = torch.empty_like(inputs["initial_state"])
+        pool[order] = inputs["initial_state"]
+        again, result = kernel(inputs | {"initial_state": pool}, state_indices=torch.tensor(order, device=DEVICE))
+        assert result is pool and torch.equal(again, o) and torch.equal(pool[order], final_state)
+    none = kernel(inputs, state_indices=torch.arange(3, device=DEVICE), output_final_state=False)
+    assert none[1] is None and torch.equal(inputs["initial_state"], final_state)
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("T", [17, 50])
+def test_blocks_of_16_tokens_are_as_calls(T, v_first):
+    inputs = arguments(2, T, gate="mild")
+    if v_first:
+        inputs = values_first(inputs)
+    indices = torch.arange(2, device=DEVICE)
+    pieces = inputs | {"initial_state": inputs["initial_state"].clone()}
+    o, state = kernel(inputs, state_indices=indices)
+    outputs = [
+        kernel(tokens_of(pieces, slice(None), slice(start, start + 16)), state_indices=indices)[0]
+        for start in range(0, T, 16)
+    ]
+    assert torch.equal(torch.cat(outputs, 1), o) and torch.equal(pieces["initial_state"], state)
+
+
+def test_pool_without_a_valid_row():
+    for inputs, N in ((arguments(3, 2, N=2), 3), (packed([2, 0, 3], 1), 3), (arguments(3, 2, N=0), 3)):
+        before = inputs["initial_state"].clone()
+        o, pool = kernel(inputs, state_indices=torch.full((N,), -1, device=DEVICE))
+        assert not o.any() and torch.equal(pool, before)
+
+
+@pytest.mark.parametrize("served_before", [False, True])
 @pytest.mark.parametrize(
-    ("indices", "error_type", "words"),
+    ("change", "kind", "words"),
     [
-        (lambda: torch.tensor([0], device=DEVICE), ValueError, "`state_indices`"),
-        (lambda: torch.tensor([0.0, 1.0], device=DEVICE), ValueError, "`state_indices`"),
-        (lambda: torch.tensor([0, 1]), RuntimeError, "`state_indices`"),
-        (lambda: [0, 1], TypeError, "`state_indices`"),
+        (lambda x: {"state_indices": torch.tensor([0], device=DEVICE)}, ValueError, "`state_indices`"),
+        (lambda x: {"state_indices": torch.tensor([[0], [1]], device=DEVICE)}, ValueError, "`state_indices`"),
+        (lambda x: {"state_indices": torch.tensor([0.0, 1.0], device=DEVICE)}, ValueError, "`state_indices`"),
+        (lambda x: {"state_indices": torch.tensor([0, 1])}, RuntimeError, "`state_indices`"),
+        (lambda x: {"state_indices": [0, 1]}, TypeError, "`state_indices`"),
+        (lambda x: {"initial_state": None}, TypeError, "`initial_state`"),
+        (lambda x: {"initial_state": x["initial_state"][:, :1]}, ValueError, "`initial_state`"),
+        (lambda x: {"initial_state": x["initial_state"].mT}, RuntimeError, "`initial_state` must be contiguous"),
+        (lambda x: {"return_intermediate_states": True}, ValueError, "intermediate states"),
+        (lambda x: {"v": x["v"].clone().requires_grad_()}, ValueError, "gradients"),
     ],
+    ids=["length", "rank", "dtype", "device", "list", "no pool", "heads", "strided pool", "states", "gradients"],
 )
-def test_errors_come_before_anything_is_written(indices, error_type, words):
-    inputs = arguments(2, 1)
-    kernel(inputs, state_indices=torch.tensor([0, 1], device=DEVICE))
+def test_errors_come_before_anything_is_written(change, kind, words, served_before, monkeypatch):
+    inputs = arguments(2, 1) | {"state_indices": torch.tensor([0, 1], device=DEVICE)}
+    monkeypatch.setattr(cuda, "_served", set())
+    if served_before:
+        monkeypatch.setattr(cuda, "UNPROVEN", ())
+        kernel(inputs)
+        assert cuda.serves_again("recurrent_kda", inputs["q"])
     before = inputs["initial_state"].clone()
-    with pytest.raises(error_type, match=words):
-        kernel(inputs, state_indices=indices())
+    with pytest.raises(kind, match=words):
+        kernel(inputs | change(inputs))
     assert torch.equal(inputs["initial_state"], before)
 
 
@@ -200,29 +384,99 @@ def test_errors_come_before_anything_is_written(indices, error_type, words):
 def raw(inputs, out, final_state, states=None, indices=None):
     x = inputs
     torch.ops.kda_hf_cuda.recurrent(
-        x["q"], x["k"], x["v"], x["g"], x["beta"], 0.1, out, x["A_log"], x["dt_bias"], x["lower_bound"],
-        x.get("initial_state"), final_state, states, x.get("cu_seqlens"), indices, True, True, True, False, False,
+        x["q"], x["k"], x["v"], x["g"], x["beta"], x.get("scale", 0.1), out, x["A_log"], x["dt_bias"], x["lower_bound"],
+        x.get("initial_state"), final_state, states, x.get("cu_seqlens"), indices, True, True, True, False,
+        x.get("state_v_first", False),
     )  # fmt: skip
 
 
+def exact_states(inputs):
+    """The state in float64 after every token, [B, T, HV, ...]; NaN for tokens of no sequence."""
+    bounds, (B, T) = inputs.get("cu_seqlens"), inputs["q"].shape[:2]
+    spans = [(b, 0, T) for b in range(B)]
+    if bounds is not None:
+        spans = [(0, start, end) for start, end in itertools.pairwise(bounds.tolist())]
+    found = inputs["initial_state"].new_full((B, T, *inputs["initial_state"].shape[1:]), math.nan, dtype=torch.float64)
+    for n, (b, start, end) in enumerate(spans):
+        state = inputs["initial_state"][n : n + 1].double()
+        for t in range(start, end):
+            one = tokens_of(inputs, slice(b, b + 1), slice(t, t + 1)) | {"initial_state": state, "cu_seqlens": None}
+            state = exact(one)[1]
+            found[b, t] = state[0]
+    return found
+
+
 @pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("v_first", [False, True])
 @pytest.mark.parametrize("lengths", [None, [3, 0, 1, 20]], ids=["dense", "packed"])
-def test_nothing_is_written_beyond_the_outputs(lengths, widths):
+def test_nothing_is_written_beyond_the_outputs(lengths, v_first, dtype, widths):
+    """And the states after every token are right."""
     K, V = widths
-    inputs = arguments(2, 5, 2, 4, K, V) if lengths is None else packed(lengths, 3, H=2, HV=4, K=K, V=V)
-    B, T = inputs["q"].shape[:2]
-    for dtype in STATES:
-        inputs["initial_state"] = inputs["initial_state"].to(dtype)
-        out, final = Guarded(B, T, 4, V, dtype=torch.bfloat16), Guarded(*inputs["initial_state"].shape, dtype=dtype)
-        states = Guarded(B, T, 4, K, V, dtype=dtype)
-        raw(inputs, out.tensor, final.tensor, states.tensor)
-        assert out.is_intact() and final.is_intact() and states.is_intact()
-        assert_close(out.tensor, final.tensor, exact(inputs | {"scale": 0.1}))
-        end = 5 if lengths is None else 3  # of the first sequence
-        for token in range(end):
-            first = {name: inputs[name][:1, : token + 1] for name in ("q", "k", "v", "g", "beta")}
-            first |= {"initial_state": inputs["initial_state"][:1], "cu_seqlens": None}
-            assert error(states.tensor[0, token], exact(inputs | first)[1][0]) <= STATE_BOUNDS[dtype]
+    shape = {"H": 2, "HV": 4, "K": K, "V": V, "dtype": dtype}
+    for state in STATES:
+        inputs = arguments(2, 5, state=state, **shape) if lengths is None else packed(lengths, 3, state=state, **shape)
+        if v_first:
+            inputs = values_first(inputs)
+        buffers = out, final, states = guarded(inputs)
+        raw(inputs, *(x.tensor for x in buffers))
+        assert all(x.is_intact() for x in buffers)
+        inputs["scale"] = 0.1
+        assert_close(out.tensor, final.tensor, exact(inputs))
+        tokens = slice(None) if lengths is None else slice(0, sum(lengths))
+        assert not out.tensor[:, sum(lengths or [5]) :].any()
+        assert error(states.tensor[:, tokens], exact_states(inputs)[:, tokens]) <= STATE_BOUNDS[state]
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("T", [1, 20])
+def test_nothing_is_written_beside_a_pool(T, v_first):
+    inputs = arguments(3, T, 2, 4, V=64, N=5)
+    if v_first:
+        inputs = values_first(inputs)
+    before = inputs["initial_state"]
+    out, pool, _ = guarded(inputs)
+    pool.tensor.copy_(before)
+    indices = torch.tensor([4, 5, 0], device=DEVICE)
+    raw(inputs | {"initial_state": None}, out.tensor, pool.tensor, None, indices)
+    assert out.is_intact() and pool.is_intact()
+    expected = exact(tokens_of(inputs, [0, 2]) | {"initial_state": before[[4, 0]], "scale": 0.1})
+    assert_close(out.tensor[[0, 2]], pool.tensor[[4, 0]], expected)
+    assert not out.tensor[1].any() and torch.equal(pool.tensor[1:4], before[1:4])
+
+
+@pytest.mark.parametrize("layout", ["heads first", "every other", "odd start"])
+def test_any_layout_of_outputs(layout):
+    inputs = arguments(2, 3)
+    results = [torch.full_like(x.tensor, math.nan) for x in guarded(inputs)]
+    for i, x in enumerate(results):
+        if layout == "heads first":
+            results[i] = x.transpose(1, 2).contiguous().transpose(1, 2)
+        elif layout == "every other":
+            results[i] = x.repeat_interleave(2, -1)[..., ::2]
+        else:
+            results[i] = torch.full((x.numel() + 1,), math.nan, dtype=x.dtype, device=DEVICE)[1:].view(x.shape)
+    raw(inputs, *results)
+    inputs["scale"] = 0.1
+    assert_close(*results[:2], exact(inputs))
+    assert error(results[2], exact_states(inputs)) <= STATE_BOUNDS[torch.float32]
+
+
+def test_raw_errors_come_before_anything_is_written():
+    inputs = arguments(2, 3)
+    state, indices = inputs["initial_state"], torch.tensor([0, 1], device=DEVICE)
+    out, final, states = (torch.full_like(x.tensor, 7.0) for x in guarded(inputs))
+    for arguments_, words in (
+        ((out, final, None, indices), "`state_indices`"),
+        ((out, final, states[:, :2]), "states"),
+        ((out, final, states.bfloat16()), "dtype"),
+        ((out, final.bfloat16(), states), "dtype"),
+        ((out[:, :2], final, states), "out"),
+    ):
+        before = state.clone()
+        with pytest.raises(RuntimeError, match=f"kda_hf refuses: .*{words}"):
+            raw(inputs, *arguments_)
+        assert all((x == 7).all() for x in (out, final, states)) and torch.equal(state, before)
 
 
 def test_outputs_alone_leave_the_state():
@@ -233,11 +487,10 @@ def test_outputs_alone_leave_the_state():
     raw(inputs, out, None)
     assert torch.equal(inputs["initial_state"], before)
     assert error(out, exact(inputs | {"scale": 0.1})[0]) <= OUTPUT_BOUNDS[torch.bfloat16]
-    kept = {name: inputs[name][:, :3] for name in ("q", "k", "v", "g", "beta")}
-    _, state = kernel(inputs | kept)
+    _, state = kernel(tokens_of(inputs, slice(None), slice(0, 3)))
     for token in range(3):
-        one = {name: inputs[name][:, token : token + 1] for name in kept}
-        kernel(inputs | one, state_indices=torch.arange(2, device=DEVICE))
+        one = tokens_of(inputs, slice(None), slice(token, token + 1))
+        kernel(one, state_indices=torch.arange(2, device=DEVICE))
     assert error(inputs["initial_state"], state.double()) <= STATE_BOUNDS[torch.float32]
 
 
@@ -248,10 +501,7 @@ def test_poison_stays_in_its_sequence_and_head(name, value):
     o, state = kernel(inputs)
     poisoned = inputs[name].clone()
     heads = [2, 3] if name in ("q", "k") else [1]
-    poisoned[(1, 0, 1) if name == "initial_state" else (1, slice(None), 1)] = value
-    if name == "initial_state":
-        heads, poisoned = [1], inputs[name].clone()
-        poisoned[1, 1] = value
+    poisoned[(1, 1) if name == "initial_state" else (1, slice(None), 1)] = value
     actual = kernel(inputs | {name: poisoned})
     clean = torch.ones(3, 4, dtype=torch.bool, device=DEVICE)
     clean[1, heads] = False
@@ -259,6 +509,69 @@ def test_poison_stays_in_its_sequence_and_head(name, value):
     assert torch.equal(actual[1][clean], state[clean])
     if math.isnan(value):
         assert actual[0].transpose(1, 2)[~clean].isnan().any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", [*PER_TOKEN, "initial_state", "A_log", "dt_bias"])
+def test_poison_of_packed_sequences(name, value):
+    inputs = packed([3, 0, 1, 20, 2], 4, H=2, HV=4)
+    for x in (inputs[n] for n in PER_TOKEN):
+        x[:, 26:] = value  # of no sequence
+    o, state = kernel(inputs)
+    assert o.isfinite().all() and state.isfinite().all() and not o[:, 26:].any()
+    poisoned = inputs[name].clone()
+    clean, clean_state = torch.ones_like(o, dtype=torch.bool), torch.ones_like(state, dtype=torch.bool)
+    if name in ("A_log", "dt_bias"):
+        poisoned[1] = value
+        clean[:, :, 1], clean_state[:, 1] = False, False
+    else:
+        poisoned[(3, 1) if name == "initial_state" else (0, 14, 1)] = value
+        heads = slice(2, 4) if name in ("q", "k") else slice(1, 2)  # value heads 2 and 3 read query and key head 1
+        clean[:, 4 if name == "initial_state" else 14 : 24, heads], clean_state[3, heads] = False, False
+    actual = kernel(inputs | {name: poisoned})
+    assert torch.equal(actual[0][clean], o[clean]) and torch.equal(actual[1][clean_state], state[clean_state])
+    if math.isnan(value):
+        assert actual[0][~clean].isnan().any()
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("name", ["v", "initial_state"])
+def test_poison_stays_in_its_value_channel(name, v_first):
+    inputs = arguments(2, 5)
+    poisoned = inputs | {name: inputs[name].clone()}
+    poisoned[name][(1, 1, 3, 70) if name == "initial_state" else (1, 2, 1, 70)] = math.nan
+    calls = [values_first(x) if v_first else x for x in (inputs, poisoned)]
+    (o, state), actual = kernel(calls[0]), kernel(calls[1])
+    state, actual_state = (x.mT if v_first else x for x in (state, actual[1]))
+    hit = torch.zeros_like(o, dtype=torch.bool)
+    hit[1, 0 if name == "initial_state" else 2 :, 1, 70] = True
+    hit_state = torch.zeros_like(state, dtype=torch.bool)
+    hit_state[1, 1, :, 70] = True
+    assert torch.equal(actual[0].isnan(), hit) and torch.equal(actual_state.isnan(), hit_state)
+    assert torch.equal(actual[0][~hit], o[~hit]) and torch.equal(actual_state[~hit_state], state[~hit_state])
+
+
+@pytest.mark.parametrize("gate", ["steep", "steep softplus"])
+@pytest.mark.parametrize("name", ["k", "v", "g", "beta", "initial_state"])
+def test_a_nan_is_never_forgotten(name, gate):
+    inputs = arguments(1, 16, gate=gate)
+    inputs[name][(0, 1, 3) if name == "initial_state" else (0, 0, 1)] = math.nan
+    o, state = kernel(inputs)
+    assert o[0, -1, 1].isnan().any() and state[0, 1].isnan().any()
+    assert o[:, :, 0].isfinite().all() and state[:, 0].isfinite().all()
+
+
+def test_poison_of_skipped_sequences_and_unused_rows():
+    inputs = arguments(3, 2, N=4)
+    clean = inputs | {"initial_state": inputs["initial_state"].clone()}
+    for x in (inputs[n] for n in PER_TOKEN):
+        x[1] = math.nan
+    inputs["initial_state"][[0, 2]] = math.nan
+    indices = torch.tensor([3, -1, 1], device=DEVICE)
+    expected = kernel(tokens_of(clean, [0, 2]), state_indices=indices[[0, 2]])
+    o, pool = kernel(inputs, state_indices=indices)
+    assert torch.equal(o[[0, 2]], expected[0]) and torch.equal(pool[[3, 1]], expected[1][[3, 1]])
+    assert not o[1].any() and pool[[0, 2]].isnan().all()
 
 
 # ------------------------------------------------------------------------------------------------------------ precision
@@ -279,31 +592,51 @@ def test_4096_single_steps(gate):
     row = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     outputs = []
     for token in range(T):
-        one = {name: inputs[name][:, token : token + 1] for name in ("q", "k", "v", "g", "beta")}
-        outputs.append(kernel(inputs | one | {"initial_state": state}, state_indices=row)[0])
+        one = tokens_of(inputs, slice(None), slice(token, token + 1)) | {"initial_state": state}
+        outputs.append(kernel(one, state_indices=row)[0])
     assert error(state, expected[1]) <= 1e-5
     assert error(torch.cat(outputs, 1), expected[0]) <= OUTPUT_BOUNDS[torch.bfloat16]
     assert error(prefilled, state.double()) <= test_fwd.STATE_BOUND
 
 
-@pytest.mark.parametrize("sizes", [[1] * 20, [16, 1, 3], [5, 15]])
-def test_calls_that_pass_the_state_on_equal_one_call(sizes):
-    inputs = arguments(2, 20, gate="bimodal softplus")
+@pytest.mark.parametrize("gate", ["mild", "bimodal softplus"])
+@pytest.mark.parametrize("sizes", [[1] * 20, [16, 1, 3], [5, 15], list(range(1, 17))], ids=["1", "16", "5", "1 to 16"])
+def test_calls_that_pass_the_state_on_equal_one_call(sizes, gate):
+    inputs = arguments(2, sum(sizes), gate=gate)
     expected = exact(inputs)
     outputs, state, start = [], inputs["initial_state"], 0
     for size in sizes:
-        piece = {n: inputs[n][:, start : start + size] for n in ("q", "k", "v", "g", "beta")}
-        o, state = kernel(inputs | piece | {"initial_state": state})
+        piece = tokens_of(inputs, slice(None), slice(start, start + size))
+        o, state = kernel(piece | {"initial_state": state})
         outputs.append(o)
         start += size
     assert_close(torch.cat(outputs, 1), state, expected)
 
 
-def test_same_bits_every_time():
-    inputs = arguments(4, 9, 4, 8, gate="mild")
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("lengths", [None, [3, 0, 1, 20]], ids=["dense", "packed"])
+def test_same_bits_every_time(lengths, v_first):
+    inputs = arguments(64, 9, 4, 8, gate="mild") if lengths is None else packed(lengths, H=4, HV=8)
+    inputs = values_first(inputs) if v_first else inputs
     first = kernel(inputs)
-    for _ in range(5):
+    for _ in range(10):
         assert all(torch.equal(a, b) for a, b in zip(kernel(inputs), first, strict=True))
+
+
+@pytest.mark.parametrize("T", [1, 16])
+def test_calls_that_need_each_other(T):
+    """A call starts while the one before it ends: what that writes is read afterwards, not overwritten early."""
+    inputs = arguments(8, T, 4, 4, gate="mild")
+    indices, results = torch.arange(8, device=DEVICE), []
+    for waits in (True, False):
+        call = inputs | {"initial_state": inputs["initial_state"].clone()}
+        for _ in range(20):
+            call["v"], state = kernel(call, state_indices=indices)
+            call["v"], call["k"] = call["k"], call["v"]
+            if waits:
+                torch.cuda.synchronize()
+        results.append((call["v"], call["k"], state))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 # --------------------------------------------------------------------------------------------- graphs, streams, devices
@@ -324,6 +657,21 @@ def test_graph_replay_equals_eager(lengths):
                 x.copy_(other[name])
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(results, kernel(other), strict=True))
+
+
+def test_graph_of_a_pool():
+    """The indices are read on the device: a captured call serves other rows."""
+    inputs = arguments(3, 2, N=6)
+    pool, indices = inputs["initial_state"], torch.tensor([0, 1, 2], device=DEVICE)
+    kernel(inputs, state_indices=indices)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, _ = kernel(inputs, state_indices=indices)
+    for rows in ([0, 1, 2], [5, -1, 3], [2, 6, 0]):
+        indices.copy_(torch.tensor(rows))
+        expected = kernel(inputs | {"initial_state": pool.clone()}, state_indices=indices)
+        graph.replay()
+        assert torch.equal(o, expected[0]) and torch.equal(pool, expected[1])
 
 
 def test_other_stream():
@@ -347,17 +695,44 @@ def test_other_stream():
 def test_second_device():
     inputs = arguments(2, 3)
     moved = {n: x.to("cuda:1") if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
-    o, state = kernel(moved)
-    assert o.device == state.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
-    assert_close(o.to(DEVICE), state.to(DEVICE), exact(inputs))
+    expected = exact(inputs)
+    for _ in range(2):
+        o, state = kernel(moved)
+        assert o.device == state.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+        assert_close(o.to(DEVICE), state.to(DEVICE), expected)
+        assert_close(*kernel(inputs), expected)
+    with pytest.raises(RuntimeError, match="`k` must be on cuda:1"):
+        kernel(moved | {"k": inputs["k"]})
+    with pytest.raises(RuntimeError, match="`state_indices` must be on cuda:1"):
+        kernel(moved, state_indices=torch.arange(2, device=DEVICE))
 
 
-def test_compiles_without_graph_breaks():
-    for inputs, others in ((arguments(3, 2), {}), (arguments(3, 1), {"state_indices": torch.arange(3, device=DEVICE)})):
-        fresh = inputs | {"initial_state": inputs["initial_state"].clone()}
-        compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
-        for actual, expected in zip(compiled(inputs, **others), kernel(fresh, **others), strict=True):
-            assert torch.equal(actual, expected)
+# ---------------------------------------------------------------------------------------------------- torch's machinery
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "packed", "pool"])
+def test_compiles_without_graph_breaks(kind, dynamic):
+    inputs = packed([3, 0, 4]) if kind == "packed" else arguments(3, 2)
+    if kind == "pool":
+        inputs["state_indices"] = torch.tensor([2, -1, 0], device=DEVICE)
+    again = inputs | {"initial_state": inputs["initial_state"].clone()}
+    compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for actual, expected in zip(compiled(inputs), kernel(again), strict=True):
+        assert torch.equal(actual, expected)
+    assert torch.equal(inputs["initial_state"], again["initial_state"])
+
+
+@pytest.mark.parametrize("lengths", [None, [3, 0, 4]], ids=["dense", "packed"])
+def test_opcheck(lengths):
+    inputs = arguments(2, 3) if lengths is None else packed(lengths)
+    x, state = [inputs[name] for name in PER_TOKEN], inputs["initial_state"]
+    outputs = (torch.zeros_like(inputs["v"]), inputs["A_log"], inputs["dt_bias"], -5.0, state, torch.zeros_like(state))
+    states = torch.zeros(*inputs["q"].shape[:2], *state.shape[1:], device=DEVICE)
+    torch.library.opcheck(
+        torch.ops.kda_hf_cuda.recurrent.default,
+        (*x, 0.1, *outputs, states, inputs.get("cu_seqlens"), None, True, True, True, False, False),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ kda_decode_step

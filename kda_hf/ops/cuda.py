@@ -202,12 +202,13 @@ def recurrent_kda(
     if not _goes_by_token(tokens, sequences, output_states, state_indices is not None):
         return chunk_kda(x, output_final_state, output_states)
     o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
-    final_state = x.initial_state
+    initial_state, final_state = None, x.initial_state  # a pool is one argument of the extension, which writes it
     if state_indices is None:
+        initial_state = x.initial_state
         matrix = (V, K) if x.state_v_first else (K, V)
         final_state = x.q.new_empty((x.sequences, heads, *matrix), dtype=dtype) if output_final_state else None
     # fmt: off
-    reason = _call(x.q, x.k, x.v, x.g, x.beta, x.scale, o, x.A_log, x.dt_bias, x.lower_bound, x.initial_state,
+    reason = _call(x.q, x.k, x.v, x.g, x.beta, x.scale, o, x.A_log, x.dt_bias, x.lower_bound, initial_state,
                    final_state, None, x.cu_seqlens, state_indices, x.use_gate, x.use_qk_norm, x.use_beta_sigmoid,
                    x.allow_neg_eigval, x.state_v_first, kernel="recurrent")
     # fmt: on
