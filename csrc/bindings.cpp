@@ -131,7 +131,7 @@ bool is_floating(ScalarType type) {
 const void* contiguous_data(MaybeTensor& x, ScalarType dtype) {
   if (!x) return nullptr;
   if (x->scalar_type() != dtype) x = torch::stable::to(*x, dtype);
-  if (!x->is_contiguous()) x = fresh_copy(*x);
+  if (!is_plain(*x)) x = fresh_copy(*x);
   return x->const_data_ptr();
 }
 
@@ -501,9 +501,9 @@ void decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor out
   arguments.point(params);
   arguments.point_parameters(params);
   params.final_state = recurrent_state.mutable_data_ptr();
-  const auto as_rows = [](Tensor& x) { return (x.is_contiguous() ? x : x = fresh_copy(x)).const_data_ptr(); };
-  params.q_conv_weight = as_rows(q_conv_weight), params.k_conv_weight = as_rows(k_conv_weight);
-  params.v_conv_weight = as_rows(v_conv_weight), params.norm_weight = as_rows(norm_weight);
+  const auto plain_data = [](Tensor& x) { return (is_plain(x) ? x : x = fresh_copy(x)).const_data_ptr(); };
+  params.q_conv_weight = plain_data(q_conv_weight), params.k_conv_weight = plain_data(k_conv_weight);
+  params.v_conv_weight = plain_data(v_conv_weight), params.norm_weight = plain_data(norm_weight);
   output_gate = with_aligned_rows(output_gate);
   set_strides(output_gate, params.output_gate_strides);
   params.output_gate = output_gate.const_data_ptr();
@@ -511,7 +511,7 @@ void decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor out
   params.conv_state = conv_state.mutable_data_ptr();
   params.weight_dtype = dtype_of(weight_dtype, "norm_weight");
   params.conv_state_dtype = dtype_of(conv_state.scalar_type(), "conv_state");
-  if (state_indices) params.state_indices = as_rows(*state_indices);
+  if (state_indices) params.state_indices = plain_data(*state_indices);
   params.state_indices_is_int64 = state_indices && state_indices->scalar_type() == ScalarType::Long;
   Output output(out, has_aligned_rows);
   set_strides(output.tensor(), params.out_strides);

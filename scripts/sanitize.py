@@ -1,6 +1,6 @@
 """One call of the kernels for each instance and each kind of sequence, small: scripts/sanitize.sh runs it.
 
-An argument names compute-sanitizer's tool, since racecheck can't follow one of the calls."""
+An argument names compute-sanitizer's tool, since racecheck can't follow two of the calls."""
 
 import itertools
 import sys
@@ -87,15 +87,17 @@ def run_recurrent(
         assert all(x.cpu().isfinite().all() for x in results)
 
 
-def run_step(dtype: torch.dtype, K: int, V: int, width: int, state_v_first: bool, state: torch.dtype) -> None:
-    B, H, HV = 3, 1, 2
+def run_step(
+    dtype: torch.dtype, K: int, V: int, width: int, state_v_first: bool, state: torch.dtype, B: int = 3
+) -> None:
+    H, HV = 1, 2
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape).to(dtype).cuda()
 
     states = {
-        "recurrent_state": tensor(4, HV, *((V, K) if state_v_first else (K, V)), dtype=state),
-        "conv_state": tensor(4, 2 * H * K + HV * V, width),
+        "recurrent_state": tensor(B + 1, HV, *((V, K) if state_v_first else (K, V)), dtype=state),
+        "conv_state": tensor(B + 1, 2 * H * K + HV * V, width),
     }
     out = ops.kda_decode_step(
         *(tensor(B, 1, heads, size) for heads, size in ((H, K), (H, K), (HV, V), (HV, K))),
@@ -108,7 +110,7 @@ def run_step(dtype: torch.dtype, K: int, V: int, width: int, state_v_first: bool
         norm_weight=tensor(V),
         lower_bound=-5.0 if state_v_first else None,
         state_v_first=state_v_first,
-        state_indices=torch.tensor([3, -1, 0]).cuda(),
+        state_indices=torch.tensor([B, -1, *range(B - 2)]).cuda(),
         backend="cuda",
     )
     assert all(x.cpu().isfinite().all() for x in (out, *states.values()))
@@ -142,6 +144,9 @@ def main() -> None:
         for gate, lengths in zip(GATES[:3], (None, [1, 0, 33, 16, 17], [1, 1, 1]), strict=True):
             run_recurrent(dtype, K, V, gate, lengths, v_first, state)
         run_step(dtype, K, V, 4 if v_first else 3, v_first, state)
+    for v_first in (False, True):  # more than a GPU has SMs, so that a CTA has several
+        run_recurrent(torch.bfloat16, 128, 128, "safe", [1, 0, 2] * 80, v_first, torch.float32)
+        run_step(torch.bfloat16, 128, 128, 4, v_first, torch.float32, B=300)
     for dtype, (K, V), gate, lengths in itertools.product(DTYPES, WIDTHS, GATES, LENGTHS):
         run(dtype, K, V, gate, lengths, state_v_first=dtype == torch.float16)
     for (K, V), v_first in zip(WIDTHS, (False, True, True, False), strict=True):  # states are composed
@@ -149,7 +154,8 @@ def main() -> None:
     run(torch.bfloat16, 128, 128, "steep", [1500, 70], state_v_first=True)  # segments that begin with zeros
     if sys.argv[1:] != ["racecheck"]:  # which does not see what the CTAs of a cluster tell each other's barriers
         run(torch.bfloat16, 128, 128, "mild", [4800], state_v_first=False, HV=20)  # composed, by clusters
-    run(torch.bfloat16, 128, 128, "safe", [2048], state_v_first=False, HV=96)  # both kernels side by side
+        run(torch.bfloat16, 128, 128, "safe", [2048], state_v_first=False, HV=96)  # as below, with clusters
+    run(torch.bfloat16, 128, 64, "safe", [2048], state_v_first=False, HV=96)  # both kernels side by side
     torch.cuda.synchronize()
     print("every call served")
 

@@ -176,15 +176,13 @@ def test_many_sequences(v_first):
         check(values_first(inputs) if v_first else inputs)
 
 
-def test_as_many_sequences_as_a_grid_takes():
+def test_more_sequences_than_a_grid_takes():
     """Without a state, a token's output is β (k · q) v."""
-    inputs = arguments(65535, 1, 1, 1, 64, 64, state=None)
+    inputs = arguments(70_000, 1, 1, 1, 64, 64, state=None)
     o, state = kernel(inputs, output_final_state=False)
     q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (inputs[n].double() for n in "qk"))
     weights = inputs["beta"].double().sigmoid() * (q * k).sum(-1) * 64**-0.5
     assert state is None and error(o, weights.unsqueeze(-1) * inputs["v"].double()) <= OUTPUT_BOUNDS[torch.bfloat16]
-    with pytest.raises(RuntimeError, match="too many sequences"):
-        kernel(arguments(65536, 1, 1, 1, 64, 64, state=None), output_final_state=False)
 
 
 @pytest.mark.parametrize(

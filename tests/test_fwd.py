@@ -1146,17 +1146,17 @@ def test_gradients_go_elsewhere(monkeypatch, caplog):
 def test_environment(monkeypatch):
     serve_one_of_each()
     calls = []
-    prefill = cuda._prefill
-    monkeypatch.setattr(cuda, "_prefill", lambda *args: calls.append(len(calls)) or prefill(*args))
+    call = cuda._call
+    monkeypatch.setattr(cuda, "_call", lambda *args, **how: calls.append(len(calls)) or call(*args, **how))
     monkeypatch.setattr(backends.fla, "VERSION", None)
     inputs = arguments()
 
     def are_ours():
         """How many of two calls the extension served."""
         calls.clear()
-        o, call = ops.chunk_kda(**inputs)[0], fwd_arguments(inputs)
-        ops.fwd(**call)
-        assert error(call["out"], o.double()) < 1e-4
+        o, arguments = ops.chunk_kda(**inputs)[0], fwd_arguments(inputs)
+        ops.fwd(**arguments)
+        assert error(arguments["out"], o.double()) < 1e-4
         return len(calls)
 
     assert are_ours() == 2

@@ -7,7 +7,7 @@ namespace kda {
 
 // `states` gets the state after every token: [B, T, HV, ...].
 struct RecurrentParams : KdaParams {
-  // [HV] and [HV, K], contiguous, of one dtype; null stands for zeros.
+  // [HV] and [HV, K], contiguous, of one dtype, 16-byte aligned; null stands for zeros.
   const void *A_log, *dt_bias;
   DType parameter_dtype;
 
@@ -16,8 +16,6 @@ struct RecurrentParams : KdaParams {
   const void* state_indices;
   bool state_indices_is_int64;
   int rows;  // of the states
-
-  int tokens_at_a_time;  // set by `recurrent`
 };
 
 // Null, or why such a call cannot be served: a static string that names the argument. Looks at sizes and dtypes.
@@ -37,9 +35,9 @@ cudaError_t recurrent(const RecurrentParams& params, cudaStream_t stream);
 struct DecodeStepParams : RecurrentParams {
   const void* output_gate;         // [B, T, HV, V], dtype of q; rows as those of v
   int64_t output_gate_strides[3];  // of B, T and head
-  const void* norm_weight;         // [V], contiguous
+  const void* norm_weight;         // [V]; as all weights, contiguous and 16-byte aligned
   float norm_eps;
-  const void *q_conv_weight, *k_conv_weight, *v_conv_weight;  // [channels, W], contiguous
+  const void *q_conv_weight, *k_conv_weight, *v_conv_weight;  // [channels, W]
   void* conv_state;        // [rows, 2 H K + HV V, W], contiguous: the last W inputs of q, k and v, oldest first
   int conv_width;          // W, 2 to 4
   DType weight_dtype;      // of all four weights, that of q or fp32

@@ -194,6 +194,8 @@ def recurrent_kda(
     x: KDAInputs, output_final_state: bool, output_states: bool, state_indices: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | str:
     """As `chunk_kda`; with `state_indices` the initial state is a pool, updated in place, and the final state."""
+    if output_states and state_indices is not None:
+        return "there are no intermediate states of a pool"
     try:
         (_, tokens, _, K), (_, _, heads, V) = x.q.shape, x.v.shape
         sequences, dtype = 1 if x.cu_seqlens is None else x.sequences, x.state_dtype

@@ -7,13 +7,19 @@ namespace kda {
 
 namespace {
 
-constexpr int kMostInGrid = 65535;  // in its second and third dimension
+constexpr int64_t kMostItems = int64_t{1} << 30;
+constexpr int kSmemOfSm = 228 * 1024;  // of which a CTA has 1 KB to itself
+
+int64_t items_of(const RecurrentParams& params) {
+  return static_cast<int64_t>(params.N) * params.HV * (params.V / kSliceWidth);
+}
 
 template <class Element, int K, bool kValuesFirst, class State>
 cudaError_t launch_recurrent(const RecurrentParams& params, cudaStream_t stream) {
-  const dim3 grid(params.V / kSliceWidth, params.HV, params.N);
-  const int bytes = RecurrentSmem<K>::bytes(kValuesFirst, params.tokens_at_a_time);
-  return launch<recurrent<Element, K, kValuesFirst, State>>(grid, 1, kSliceThreads, bytes, true, stream, params);
+  constexpr int kBytes = sizeof(RecurrentSmem<Element, K, kValuesFirst, State>);
+  constexpr int kCtas = std::min(kRecurrentCtas, kSmemOfSm / (kBytes + 1024));
+  const int64_t ctas = std::min<int64_t>(items_of(params), kCtas * params.num_sms);
+  return launch<recurrent<Element, K, kValuesFirst, State>>(dim3(ctas), 1, kSliceThreads, kBytes, true, stream, params);
 }
 
 template <class Element, int K, bool kValuesFirst>
@@ -41,14 +47,11 @@ const char* recurrent_refusal(const RecurrentParams& params) {
     return "`initial_state` is float16; the CUDA kernels take float32 and bfloat16";
   if (params.K != 64 && params.K != 128) return "`q` has a head dimension other than 64 and 128";
   if (params.V != 64 && params.V != 128) return "`v` has a head dimension other than 64 and 128";
-  if (params.HV > kMostInGrid) return "`v` has too many heads";
-  if (params.N > kMostInGrid) return "`q` has too many sequences";
+  if (items_of(params) > kMostItems) return "`q` has too many sequences for one launch";
   return nullptr;
 }
 
-cudaError_t recurrent(const RecurrentParams& given, cudaStream_t stream) {
-  RecurrentParams params = given;
-  params.tokens_at_a_time = std::clamp(params.T, 1, kMostTokensAtATime);
+cudaError_t recurrent(const RecurrentParams& params, cudaStream_t stream) {
   switch (params.dtype) {
     case DType::kBF16: return launch_recurrent<__nv_bfloat16>(params, stream);
     case DType::kFP16: return launch_recurrent<__half>(params, stream);

@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "api/decode.h"
+#include "common/prefetch.cuh"
 #include "common/vector.cuh"
 
 namespace kda {
@@ -36,6 +37,13 @@ template <class Element, int N>
 __device__ __forceinline__ void load_neighbours_of(const void* base, int64_t index, DType dtype, float (&x)[N]) {
   dtype == DType::kFP32 ? load_neighbours<float>(base, index, x) : load_neighbours<Element>(base, index, x);
 }
+
+template <class Element>
+__device__ __forceinline__ float load_float_of(const void* base, int64_t index, DType dtype) {
+  return dtype == DType::kFP32 ? load_float<float>(base, index) : load_float<Element>(base, index);
+}
+
+__device__ __forceinline__ int size_of(DType dtype) { return dtype == DType::kFP32 ? 4 : 2; }
 
 template <class T>
 __device__ __forceinline__ float rounded(float x) {
@@ -66,11 +74,20 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Of A_log or dt_bias.
-__device__ __forceinline__ float load_parameter(const RecurrentParams& p, const void* base, int i) {
-  return p.parameter_dtype == DType::kFP32   ? load_float<float>(base, i)
-         : p.parameter_dtype == DType::kBF16 ? load_float<__nv_bfloat16>(base, i)
-                                             : load_float<__half>(base, i);
+// A number as it lies in memory: nobody waits for its load before it is asked for.
+struct Number {
+  uint32_t bits;
+
+  __device__ __forceinline__ float as(DType dtype) const {
+    return dtype == DType::kFP32   ? __uint_as_float(bits)
+           : dtype == DType::kBF16 ? __uint_as_float(bits << 16)
+                                   : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  }
+};
+
+__device__ __forceinline__ Number load_number(const void* base, int64_t index, DType dtype) {
+  return {dtype == DType::kFP32 ? static_cast<const uint32_t*>(base)[index]
+                                : static_cast<const unsigned short*>(base)[index]};
 }
 
 // The log-decay of a channel from what the caller gave.
@@ -86,18 +103,30 @@ __device__ __forceinline__ float beta_of(const KdaParams& p, float x) {
   return (p.allow_neg_eigval ? 2.0f : 1.0f) * sigmoid(x);
 }
 
-// A token's inputs as they come, for one head: K / 32 neighbouring channels a lane of one warp.
+// A token's inputs and the gate's parameters, for one head: K / 32 neighbouring channels a lane of one warp.
 template <int K>
 struct RawToken {
-  float q[K / 32], k[K / 32], g[K / 32], beta;
+  float q[K / 32], k[K / 32], g[K / 32], dt_bias[K / 32], A_log, beta;
 };
+
+// g and dt_bias of K channels, from wherever they are.
+template <class Element, int K>
+__device__ __forceinline__ void load_gate(const RecurrentParams& p, const void* g, const void* dt_bias,
+                                          RawToken<K>& raw) {
+  const int channel = (threadIdx.x & 31) * (K / 32);
+  load_neighbours_of<Element>(g, channel, p.g_dtype, raw.g);
+#pragma unroll
+  for (int i = 0; i < K / 32; ++i)
+    raw.dt_bias[i] =
+        p.dt_bias == nullptr ? 0.0f : load_number(dt_bias, channel + i, p.parameter_dtype).as(p.parameter_dtype);
+}
 
 // Makes `token` of it, with one warp.
 template <int K>
-__device__ __forceinline__ void activate(const RecurrentParams& p, int head, const RawToken<K>& raw, Token<K>& token) {
+__device__ __forceinline__ void activate(const RecurrentParams& p, const RawToken<K>& raw, Token<K>& token) {
   constexpr int kOwn = K / 32;
   const int lane = threadIdx.x & 31, channel = lane * kOwn;
-  const float rate = p.A_log == nullptr ? 1.0f : expf(load_parameter(p, p.A_log, head));
+  const float rate = expf(raw.A_log);
   float qq = 0.0f, kk = 0.0f, kq = 0.0f;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
@@ -108,17 +137,54 @@ __device__ __forceinline__ void activate(const RecurrentParams& p, int head, con
   qq = warp_sum(qq), kk = warp_sum(kk), kq = warp_sum(kq);
   const float k_norm = p.use_qk_norm ? rsqrtf(kk + 1e-6f) : 1.0f;
   const float q_norm = p.use_qk_norm ? p.scale * rsqrtf(qq + 1e-6f) : p.scale;
+  float decay[kOwn], key[kOwn], query[kOwn];
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    const float bias = p.dt_bias == nullptr ? 0.0f : load_parameter(p, p.dt_bias, head * K + channel + i);
-    token.decay[channel + i] = expm1f(log_decay(p, raw.g[i], rate, bias));
-    token.key[channel + i] = raw.k[i] * k_norm;
-    token.query[channel + i] = raw.q[i] * q_norm;
+    decay[i] = expm1f(log_decay(p, raw.g[i], rate, raw.dt_bias[i]));
+    key[i] = raw.k[i] * k_norm;
+    query[i] = raw.q[i] * q_norm;
   }
+  store_neighbours<float>(token.decay, channel, decay);
+  store_neighbours<float>(token.key, channel, key);
+  store_neighbours<float>(token.query, channel, query);
   if (lane == 0) {
     token.key_query = kq * k_norm * q_norm;
     token.beta = beta_of(p, raw.beta);
   }
+}
+
+// An integer of a tensor on the device, as it lies there: nobody waits for its load before it is asked for.
+struct Integer {
+  int low, high;
+
+  // Whether it is in [0, end).
+  __device__ __forceinline__ bool is_below(int end, bool is_int64) const {
+    return static_cast<unsigned>(low) < static_cast<unsigned>(end) && (!is_int64 || high == 0);
+  }
+  // The nearest in [0, end].
+  __device__ __forceinline__ int clamped(int end, bool is_int64) const {
+    if (!is_int64 || high == low >> 31) return min(max(low, 0), end);
+    return high < 0 ? 0 : end;
+  }
+};
+
+__device__ __forceinline__ Integer load_integer(const void* base, bool is_int64, int i) {
+  const int* const words = static_cast<const int*>(base) + (is_int64 ? 2 * static_cast<int64_t>(i) : i);
+  return {words[0], words[is_int64]};
+}
+
+// The row of the states that sequence n has.
+__device__ __forceinline__ Integer load_row(const RecurrentParams& p, int n) {
+  return p.state_indices == nullptr ? Integer{n, 0} : load_integer(p.state_indices, p.state_indices_is_int64, n);
+}
+
+// What it may be, as long as the kernel must not know: -1 for none.
+__device__ __forceinline__ int row_for_hint(const RecurrentParams& p, int n) {
+  if (p.initial_state == nullptr) return -1;
+  if (p.state_indices == nullptr) return n;
+  const int64_t word = p.state_indices_is_int64 ? 2 * static_cast<int64_t>(n) : n;
+  const int row = load_for_hint(static_cast<const int*>(p.state_indices) + word);
+  return row < p.rows ? row : -1;
 }
 
 template <int K, bool kValuesFirst, class State>
@@ -126,10 +192,12 @@ class Slice {
  public:
   // Floats in shared memory that the warps of a slice share.
   static constexpr int kExchange = kValuesFirst ? 0 : 2 * 4 * 2 * kSliceWidth;
+  // Bytes in shared memory for the state before it is taken into registers.
+  static constexpr int kPlaceBytes = K * kSliceWidth * static_cast<int>(sizeof(State));
 
-  // `exchange` is this slice's own, and `first` its first value channel.
-  __device__ __forceinline__ Slice(float* exchange, int V, int first)
-      : exchange_(exchange), V_(V), first_(first), warp_(this_warp() % 4), lane_(threadIdx.x & 31) {}
+  // `exchange` is this slice's own.
+  __device__ __forceinline__ Slice(float* exchange, int V)
+      : exchange_(exchange), V_(V), warp_(this_warp() % 4), lane_(threadIdx.x & 31) {}
 
   __device__ __forceinline__ void set_to_zero() {
 #pragma unroll
@@ -138,16 +206,29 @@ class Slice {
       for (int j = 0; j < 4; ++j) s_[i][j] = 0.0f;
   }
 
-  __device__ __forceinline__ void load(const void* states, int64_t matrix) {
+  // Begins to copy value channels from `first` on to `place`, of which each thread reads what it has copied itself.
+  __device__ __forceinline__ void copy(const void* states, int64_t matrix, int first, char* place) const {
     const State* const from = static_cast<const State*>(states) + matrix * K * V_;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) load_neighbours<State>(from, offset(i), s_[i]);
+    for (int i = 0; i < kSteps; ++i) copy_async<kVectorBytes>(place + own_bytes(i), from + offset(i, first));
   }
 
-  __device__ __forceinline__ void store(void* states, int64_t matrix) const {
+  __device__ __forceinline__ void take(const char* place) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) load_neighbours<State>(place + own_bytes(i), 0, s_[i]);
+  }
+
+  // Before the copy may begin.
+  __device__ __forceinline__ void hint_at(const void* states, int64_t matrix, int first) const {
+    const State* const from = static_cast<const State*>(states) + matrix * K * V_;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) hint(from + offset(i, first));
+  }
+
+  __device__ __forceinline__ void store(void* states, int64_t matrix, int first) const {
     State* const to = static_cast<State*>(states) + matrix * K * V_;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) store_neighbours<State>(to, offset(i), s_[i]);
+    for (int i = 0; i < kSteps; ++i) store_neighbours<State>(to, offset(i, first), s_[i]);
   }
 
   // One token, whose `values` of these channels lie in shared memory. All threads of the CTA come here together. `out` is
@@ -166,11 +247,17 @@ class Slice {
   static constexpr int kLanes = kValuesFirst ? K / 4 : kSliceWidth / 4;  // of a row
   static constexpr int kRows = 32 / kLanes;                              // that a warp has at a time
 
+  static constexpr int kVectorBytes = 4 * static_cast<int>(sizeof(State));
+
   // Elements from the matrix's first to this thread's four of step i.
-  __device__ __forceinline__ int offset(int i) const {
+  __device__ __forceinline__ int offset(int i, int first) const {
     const int row = lane_ / kLanes, column = lane_ % kLanes * 4;
-    return kValuesFirst ? (first_ + warp_ * 8 + i * kRows + row) * K + column
-                        : (i * 16 + warp_ * 4 + row) * V_ + first_ + column;
+    return kValuesFirst ? (first + warp_ * 8 + i * kRows + row) * K + column
+                        : (i * 16 + warp_ * 4 + row) * V_ + first + column;
+  }
+
+  __device__ __forceinline__ int own_bytes(int i) const {
+    return (i * kSliceThreads + warp_ * 32 + lane_) * kVectorBytes;
   }
 
   template <class Output>
@@ -263,7 +350,7 @@ class Slice {
   }
 
   float* const exchange_;
-  const int V_, first_, warp_, lane_;
+  const int V_, warp_, lane_;
   float s_[kSteps][4];
 };
 

@@ -1,0 +1,47 @@
+// Loads that are begun long before they are needed.
+#pragma once
+
+#include <cstdint>
+
+namespace kda {
+
+// A hint: brings the line of an address into L2, where it stays what it is in memory. So it may come before the kernel waits for
+// the one that writes it.
+__device__ __forceinline__ void hint(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
+// A word for a hint to go by: from L2, so that a load after the wait finds no old one nearer.
+__device__ __forceinline__ int load_for_hint(const int* address) {
+  int word;
+  asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(word) : "l"(address));
+  return word;
+}
+
+// Copies bytes from global to shared memory, for this thread, without registers: after `wait_for_copies` it has them.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  } else {
+    static_assert(kBytes == 4 || kBytes == 8);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes) : "memory");
+  }
+}
+
+// Copies `bytes`, a multiple of 16 at such addresses: this thread and others share that, `thread` of `threads`. All threads that
+// read any of it wait for their copies, and then for each other.
+__device__ __forceinline__ void copy_async_shared(char* to, const void* from, int bytes, int thread, int threads) {
+  for (int at = 16 * thread; at < bytes; at += 16 * threads)
+    copy_async<16>(to + at, static_cast<const char*>(from) + at);
+}
+
+// Ends a group of copies, which may be empty.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all but the last kLeft groups have arrived.
+template <int kLeft>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+}  // namespace kda
