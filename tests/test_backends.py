@@ -98,8 +98,6 @@ def test_cuda_refuses_with_a_reason(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"op": "causal_conv1d"}, "has not proved itself"),
-        ({"op": "recurrent_kda"}, "has not proved itself"),
         ({"K": 32}, "head dimensions are 32 and 128"),
         ({"V": 256}, "head dimensions are 128 and 256"),
         ({"mixed_dtypes": True}, "several dtypes"),

@@ -367,7 +367,6 @@ def test_errors_come_before_anything_is_written(change, kind, words, served_befo
     inputs = arguments(2, 1) | {"state_indices": torch.tensor([0, 1], device=DEVICE)}
     monkeypatch.setattr(cuda, "_served", set())
     if served_before:
-        monkeypatch.setattr(cuda, "UNPROVEN", ())
         kernel(inputs)
         assert cuda.serves_again("recurrent_kda", inputs["q"])
     before = inputs["initial_state"].clone()

@@ -16,6 +16,8 @@ struct RecurrentParams : KdaParams {
   const void* state_indices;
   bool state_indices_is_int64;
   int rows;  // of the states
+
+  int tokens_at_a_time;  // set by `recurrent`
 };
 
 // Null, or why such a call cannot be served: a static string that names the argument. Looks at sizes and dtypes.

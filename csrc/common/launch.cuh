@@ -29,11 +29,12 @@ cudaError_t allow_shared_memory(int bytes) {
 }
 
 // With `overlap`, the kernel may start while the one before it is still running (programmatic dependent launch). `cluster` CTAs
-// make a cluster.
-template <auto Kernel, class... Arguments>
+// make a cluster. kMostSmem: the most bytes of shared memory that any launch of it asks for, where they differ.
+template <auto Kernel, int kMostSmem = 0, class... Arguments>
 cudaError_t launch(dim3 grid, int cluster, int threads, int smem_bytes, bool overlap, cudaStream_t stream,
                    const Arguments&... arguments) {
-  if (cudaError_t error = allow_shared_memory<Kernel>(smem_bytes); error != cudaSuccess) return error;
+  if (cudaError_t error = allow_shared_memory<Kernel>(kMostSmem > 0 ? kMostSmem : smem_bytes); error != cudaSuccess)
+    return error;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};

@@ -38,7 +38,6 @@ class Call(NamedTuple):
     state_pool: bool = False
     mixed_dtypes: bool = False  # k or v differ from q, or g or β from q and float32
     extension_refusal: str | None = None  # what the CUDA extension said of these very arguments
-    is_asked_for: bool = False  # whether the caller or the environment names a backend
 
 
 class BackendStatus(TypedDict):
@@ -111,11 +110,11 @@ def select(call: Call, backend: str | None = None) -> str:
     if backend is not None and backend != "auto":
         if backend not in BACKENDS:
             raise ValueError(f"`backend` must be None, auto, {', '.join(BACKENDS)}; got {backend!r}")
-        _require(backend, call._replace(is_asked_for=True), f"backend={backend!r}")
+        _require(backend, call, f"backend={backend!r}")
         return backend
     wanted = _from_environment() if backend is None else "auto"
     if _binds(wanted, call):
-        _require(wanted, call._replace(is_asked_for=True), f"{VARIABLE}={wanted}")
+        _require(wanted, call, f"{VARIABLE}={wanted}")
         return wanted
     for name in BACKENDS:
         reason = refusal(name, call)
@@ -129,7 +128,7 @@ def select(call: Call, backend: str | None = None) -> str:
 def has_kernel(call: Call) -> bool:
     """Whether the call would get a kernel of the CUDA extension."""
     wanted = _from_environment()
-    return wanted in ("auto", "cuda") and refusal("cuda", call._replace(is_asked_for=wanted == "cuda")) is None
+    return wanted in ("auto", "cuda") and refusal("cuda", call) is None
 
 
 def _require(backend: str, call: Call, asked: str) -> None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 EXTENSION = Path(__file__).parents[1] / "_C.abi3.so"
 OPERATORS = ("fwd", "chunk_kda", "recurrent_kda", "kda_decode_step", "causal_conv1d")
-UNPROVEN = ("recurrent_kda", "kda_decode_step", "causal_conv1d")  # not run on a GPU yet: for those who ask for it
 WIDTHS = (64, 128)  # of K and V
 CAPABILITY = (9, 0)  # the kernels are of sm_90a, which runs on this one only
 REFUSED = "kda_hf refuses: "  # how the message starts where the extension has written nothing
@@ -104,8 +103,6 @@ def refusal(call: "Call") -> str | None:
         return "the inputs require grad, and the CUDA operators have no backward"
     if call.op not in OPERATORS:
         return f"the CUDA extension has no kernel for {call.op}"
-    if call.op in UNPROVEN and not call.is_asked_for:
-        return f"the kernel for {call.op} has not proved itself on a GPU yet: backend='cuda' asks for it"
     if call.mixed_dtypes:
         return "q, k and v have several dtypes, or g or beta has neither theirs nor torch.float32"
     if call.op == "causal_conv1d":
@@ -126,8 +123,7 @@ _served: set[tuple[str, int]] = set()
 
 
 def note_served(op: str, q: torch.Tensor) -> None:
-    if op not in UNPROVEN:
-        _served.add((op, q.get_device()))
+    _served.add((op, q.get_device()))
 
 
 def serves_again(op: str, q: Any) -> bool:

@@ -2,12 +2,13 @@
 //
 // Data flow
 //   1. Each thread has a channel of q, k or v: the last inputs from the convolution's state, the new one, their sum, SiLU,
-//      into shared memory; and the state one input further back where it was.
-//   2. The first warp makes `Token` of q, k and g, while the others take the recurrent state into registers (`Slice`).
-//   3. The recurrence, the state back to memory, and the norm of the output over all threads.
+//      into shared memory; and the state one input further back where it was. Or one of g, whose decay it makes.
+//   2. The first warp finds the norms of q and k, while the others take the recurrent state into registers (`Slice`).
+//   3. The recurrence, the norm of the output over all threads, and the state back to memory.
 // Value heads that share a head of q and k are items of one CTA, one after the other, and q and k are made for the first one:
 // no other CTA has their channels, so that nobody reads a state of the convolution that has been written. Everything that an
-// item needs is on its way to shared memory while the CTA is at work on the one before.
+// item needs is on its way to shared memory while the CTA is at work on the one before, the small things first, as in
+// `recurrent`.
 #pragma once
 
 #include "api/decode.h"
@@ -38,24 +39,13 @@ struct StepSmem {
   using OwnSlice = Slice<K, kValuesFirst, State>;
   StepPlace<Element, K, V, State> places[2];  // of this item and the next one
   Token<K> token;
-  float queries[K], keys[K], values[V], outputs[V], norm_weight[V];
+  float values[V], outputs[V], norm_weight[V];
   float exchange[V / kSliceWidth * OwnSlice::kExchange + 4];
 };
 
 struct StepItem {
-  int n, head;
+  int n, key_head, head, member;  // of the value heads that share a head of q and k
   Integer row;
-  bool is_first;  // of those that share a head of q and k
-
-  // The item after this one, where a CTA has one: the next head of the group, or the first one of a group `stride` further.
-  __device__ __forceinline__ bool advance(const DecodeStepParams& p, int& group, int stride) {
-    const int size = p.HV / p.H;
-    is_first = ++head % size == 0;
-    if (!is_first) return true;
-    group += stride;
-    n = group / p.H, head = (group - n * p.H) * size;
-    return group < p.N * p.H;
-  }
 
   __device__ __forceinline__ bool has_row(const DecodeStepParams& p) const {
     return row.is_below(p.rows, p.state_indices_is_int64);
@@ -65,46 +55,58 @@ struct StepItem {
   }
 };
 
-// Calls `take` for all that lies in rows: with a place for it, where it is, and its bytes. Each warp has some of it. `row` is that
-// of the states.
-template <class Element, int K, int V, class State, class Take>
-__device__ __forceinline__ void for_rows(const DecodeStepParams& p, StepPlace<Element, K, V, State>& place, int row,
-                                         const StepItem& item, const Take& take) {
-  constexpr int kWarps = kStepThreads<V> / 32, kElement = sizeof(Element);
-  const int key_head = item.head / (p.HV / p.H), n = item.n, width = p.conv_width;
-  const int64_t channels = 2 * p.H * K + p.HV * V;
-  const auto rows = [&](void* to, const void* base, const int64_t (&strides)[3], int head, int bytes, int size) {
-    take(to, static_cast<const char*>(base) + (n * strides[0] + head * strides[2]) * size, bytes);
-  };
-  const auto conv = [&](char* to, const void* base, int64_t channel, int at, int count, int size) {
-    size *= width;
-    take(to + at * size, static_cast<const char*>(base) + channel * size, count * size);
-  };
-  const int state_size = size_of(p.conv_state_dtype), weight_size = size_of(p.weight_dtype);
-#pragma unroll 1
-  for (int kind = this_warp(); kind < 12; kind += kWarps) {
-    if (!item.is_first && (kind % 3 < 2) && kind < 9) continue;  // q and k are there
-    switch (kind) {
-      case 0: conv(place.conv_state, p.conv_state, row * channels + key_head * K, 0, K, state_size); break;
-      case 1: conv(place.conv_state, p.conv_state, row * channels + (p.H + key_head) * K, K, K, state_size); break;
-      case 2:
-        conv(place.conv_state, p.conv_state, row * channels + 2 * p.H * K + item.head * V, 2 * K, V, state_size);
-        break;
-      case 3: conv(place.conv_weight, p.q_conv_weight, key_head * K, 0, K, weight_size); break;
-      case 4: conv(place.conv_weight, p.k_conv_weight, key_head * K, K, K, weight_size); break;
-      case 5: conv(place.conv_weight, p.v_conv_weight, item.head * V, 2 * K, V, weight_size); break;
-      case 6: rows(place.q, p.q, p.q_strides, key_head, K * kElement, kElement); break;
-      case 7: rows(place.k, p.k, p.k_strides, key_head, K * kElement, kElement); break;
-      case 8: rows(place.v, p.v, p.v_strides, item.head, V * kElement, kElement); break;
-      case 9: rows(place.output_gate, p.output_gate, p.output_gate_strides, item.head, V * kElement, kElement); break;
-      case 10: rows(place.g, p.g, p.g_strides, item.head, K * size_of(p.g_dtype), size_of(p.g_dtype)); break;
-      case 11:
-        if (p.dt_bias != nullptr) {
-          const int bytes = K * size_of(p.parameter_dtype);
-          take(place.dt_bias, static_cast<const char*>(p.dt_bias) + static_cast<int64_t>(item.head) * bytes, bytes);
-        }
-    }
+// What a warp copies for each item: rows of one kind. In bytes.
+struct StepSource {
+  const char* base;
+  int64_t sequence,
+      head;       // strides, that of the row of the states where `by_row`, and of q's and k's heads where `of_keys`
+  int bytes, to;  // how many, and where they go in StepPlace
+  bool by_row, of_keys;
+
+  __device__ __forceinline__ void set(const void* from, int64_t sequence_stride, int64_t head_stride, int count,
+                                      int size, int at, bool keys) {
+    base = static_cast<const char*>(from);
+    sequence = sequence_stride * size, head = head_stride * size, bytes = count * size, to = at, of_keys = keys;
   }
+
+  __device__ __forceinline__ const char* at(const StepItem& item, int row) const {
+    return base + (by_row ? row : item.n) * sequence + (of_keys ? item.key_head : item.head) * head;
+  }
+};
+
+constexpr int kStepKinds = 12;
+
+template <class Element, int K, int V, class State>
+__device__ __forceinline__ StepSource step_source(const DecodeStepParams& p, int kind) {
+  using Place = StepPlace<Element, K, V, State>;
+  constexpr int kElement = sizeof(Element);
+  const int state_size = size_of(p.conv_state_dtype) * p.conv_width,
+            weight_size = size_of(p.weight_dtype) * p.conv_width;
+  const int64_t keys = static_cast<int64_t>(p.H) * K, channels = 2 * keys + static_cast<int64_t>(p.HV) * V;
+  const auto states = [&](int at) { return static_cast<int>(offsetof(Place, conv_state)) + at * state_size; };
+  const auto weights = [&](int at) { return static_cast<int>(offsetof(Place, conv_weight)) + at * weight_size; };
+  const char* const conv = static_cast<const char*>(p.conv_state);
+  StepSource s;
+  s.bytes = 0, s.by_row = kind < 3, s.of_keys = false;
+  switch (kind) {
+    case 0: s.set(conv, channels, K, K, state_size, states(0), true); break;
+    case 1: s.set(conv + keys * state_size, channels, K, K, state_size, states(K), true); break;
+    case 2: s.set(conv + 2 * keys * state_size, channels, V, V, state_size, states(2 * K), false); break;
+    case 3: s.set(p.q_conv_weight, 0, K, K, weight_size, weights(0), true); break;
+    case 4: s.set(p.k_conv_weight, 0, K, K, weight_size, weights(K), true); break;
+    case 5: s.set(p.v_conv_weight, 0, V, V, weight_size, weights(2 * K), false); break;
+    case 6: s.set(p.q, p.q_strides[0], p.q_strides[2], K, kElement, offsetof(Place, q), true); break;
+    case 7: s.set(p.k, p.k_strides[0], p.k_strides[2], K, kElement, offsetof(Place, k), true); break;
+    case 8: s.set(p.v, p.v_strides[0], p.v_strides[2], V, kElement, offsetof(Place, v), false); break;
+    case 9:
+      s.set(p.output_gate, p.output_gate_strides[0], p.output_gate_strides[2], V, kElement,
+            offsetof(Place, output_gate), false);
+      break;
+    case 10: s.set(p.g, p.g_strides[0], p.g_strides[2], K, size_of(p.g_dtype), offsetof(Place, g), false); break;
+    case 11:
+      if (p.dt_bias != nullptr) s.set(p.dt_bias, 0, K, K, size_of(p.parameter_dtype), offsetof(Place, dt_bias), false);
+  }
+  return s;
 }
 
 // The convolution's output for channel `at` of an item's, in the order of q, k and v, whose input is x; `channel` is its number
@@ -123,7 +125,7 @@ __device__ __forceinline__ float convolve(const DecodeStepParams& p, const Place
         i == kWidestConv - 1 ? x : load_float_of<Element>(place.conv_state, at * width + own + 1, p.conv_state_dtype);
     sum = fmaf(inputs[i], load_float_of<Element>(place.conv_weight, at * width + own, p.weight_dtype), sum);
   }
-  const int64_t to = (static_cast<int64_t>(row) * (2 * p.H * p.K + p.HV * p.V) + channel) * width;
+  const int64_t to = (row * (2 * static_cast<int64_t>(p.H) * p.K + p.HV * p.V) + channel) * width;
   if (width == kWidestConv) {
     p.conv_state_dtype == DType::kFP32 ? store_neighbours<float>(p.conv_state, to, inputs)
                                        : store_neighbours<Element>(p.conv_state, to, inputs);
@@ -142,50 +144,66 @@ __device__ __forceinline__ float convolve(const DecodeStepParams& p, const Place
 template <class Element, int K, int V, bool kValuesFirst, class State>
 __global__ void __launch_bounds__(kStepThreads<V>, kStepCtas<V>)
     decode_step(const __grid_constant__ DecodeStepParams p) {
-  constexpr int kThreads = kStepThreads<V>;
+  constexpr int kThreads = kStepThreads<V>, kWarps = kThreads / 32, kSources = (kStepKinds + kWarps - 1) / kWarps;
   using OwnSlice = Slice<K, kValuesFirst, State>;
   extern __shared__ __align__(16) char smem_bytes[];
   auto& smem = *reinterpret_cast<StepSmem<Element, K, V, kValuesFirst, State>*>(smem_bytes);
   const int slice = this_warp() / 4, warp = this_warp(), lane = threadIdx.x & 31, first = slice * kSliceWidth;
   OwnSlice state(smem.exchange + slice * OwnSlice::kExchange, V);
 
-  Number A_log = {0}, beta = {0}, next_A_log = {0}, next_beta = {0};
-  const auto begin = [&](const StepItem& item, int to) {
-    auto& place = smem.places[to];
-    if (item.has_row(p)) {
-      for_rows(p, place, item.row.low, item, [&](void* to, const void* from, int bytes) {
-        copy_async_shared(static_cast<char*>(to), from, bytes, lane, 32);
-      });
-      if (warp == 0) {
-        next_beta = load_number(p.beta, item.n * p.beta_strides[0] + item.head * p.beta_strides[2], p.beta_dtype);
-        if (p.A_log != nullptr) next_A_log = load_number(p.A_log, item.head, p.parameter_dtype);
-      }
+  int index = blockIdx.x;  // of heads of q and k
+  const int group = p.HV / p.H, step_n = gridDim.x / p.H, step_head = gridDim.x % p.H;
+  StepItem item;
+  item.n = index / p.H, item.key_head = index % p.H, item.head = item.key_head * group, item.member = 0;
+  // The item after this one, if this CTA has one.
+  const auto advance = [&](StepItem& it) {
+    ++it.head;
+    if (++it.member < group) return true;
+    index += gridDim.x;
+    it.n += step_n, it.key_head += step_head;
+    if (it.key_head >= p.H) ++it.n, it.key_head -= p.H;
+    it.head = it.key_head * group, it.member = 0;
+    if (index >= p.N * p.H) return false;
+    it.row = load_row(p, it.n);
+    return true;
+  };
+  StepSource sources[kSources];
+#pragma unroll
+  for (int i = 0; i < kSources; ++i) sources[i] = step_source<Element, K, V, State>(p, warp + i * kWarps);
+
+  Number A_log, beta, next_A_log = {0}, next_beta = {0};
+  const auto begin = [&](const StepItem& it, int place) {
+    const bool has_row = it.has_row(p);
+    char* const to = reinterpret_cast<char*>(&smem.places[place]);
+    if (has_row) {
+#pragma unroll
+      for (const StepSource& source : sources)
+        if (it.member == 0 || !source.of_keys)
+          copy_async_shared(to + source.to, source.at(it, it.row.low), source.bytes, lane, 32);
+      next_beta = load_number(p.beta, it.n * p.beta_strides[0] + it.head * p.beta_strides[2], p.beta_dtype);
+      if (p.A_log != nullptr) next_A_log = load_number(p.A_log, it.head, p.parameter_dtype);
     }
     commit_copies();
-    if (item.has_row(p))
-      state.copy(p.initial_state, item.matrix(p), first, place.state + slice * OwnSlice::kPlaceBytes);
+    if (has_row)
+      state.copy(p.initial_state, it.matrix(p), first, smem.places[place].state + slice * OwnSlice::kPlaceBytes);
     commit_copies();
   };
 
-  int group = blockIdx.x;
-  const int n = group / p.H;
-  StepItem item{n, (group - n * p.H) * (p.HV / p.H), {0, 0}, true};
   launch_dependents();
-  if (const int row = row_for_hint(p, n); row >= 0) {
-    for_rows(p, smem.places[0], row, item, [&](void*, const void* from, int bytes) {
-      for (int at = 128 * lane; at < bytes; at += 128 * 32) hint(static_cast<const char*>(from) + at);
-    });
+  if (const int row = row_for_hint(p, item.n); row >= 0) {
+#pragma unroll
+    for (const StepSource& source : sources)
+      for (int at = 128 * lane; at < source.bytes; at += 128 * 32) hint(source.at(item, row) + at);
     state.hint_at(p.initial_state, static_cast<int64_t>(row) * p.HV + item.head, first);
   }
   wait_for_previous_kernel();
 
-  item.row = load_row(p, n);
+  item.row = load_row(p, item.n);
   begin(item, 0);
   if (threadIdx.x < V)
     smem.norm_weight[threadIdx.x] = load_float_of<Element>(p.norm_weight, threadIdx.x, p.weight_dtype);
   StepItem next = item;
-  bool has_next = next.advance(p, group, gridDim.x);
-  if (has_next) next.row = load_row(p, next.n);
+  bool has_next = advance(next);
 #pragma unroll 1
   for (int at = 0;; at ^= 1) {
     A_log = next_A_log, beta = next_beta;
@@ -201,35 +219,33 @@ __global__ void __launch_bounds__(kStepThreads<V>, kStepCtas<V>)
     const auto& place = smem.places[at];
     const int64_t out = item.n * p.out_strides[0] + item.head * p.out_strides[2];
     if (item.has_row(p)) {
-      for (int i = threadIdx.x; i < 2 * K + V; i += kThreads) {
-        const int key_head = item.head / (p.HV / p.H);
-        if (i >= 2 * K) {
-          const float x = load_float<Element>(place.v, i - 2 * K);
-          smem.values[i - 2 * K] =
-              convolve<Element>(p, place, i, x, item.row.low, 2 * p.H * K + item.head * V + i - 2 * K);
-        } else if (item.is_first) {
-          const bool is_key = i >= K;
-          const float x = load_float<Element>(is_key ? place.k : place.q, i % K);
-          const float y = convolve<Element>(p, place, i, x, item.row.low,
-                                            ((is_key ? p.H : 0) + key_head) * static_cast<int64_t>(K) + i % K);
-          (is_key ? smem.keys : smem.queries)[i % K] = y;
+#pragma unroll 1
+      for (int i = threadIdx.x; i < 3 * K + V; i += kThreads) {
+        if (i >= 2 * K + V) {
+          const int channel = i - (2 * K + V);
+          smem.token.decay[channel] = decay_of<Element>(p, place.g, place.dt_bias, channel, A_log);
+        } else if (i >= 2 * K) {
+          const int channel = i - 2 * K;
+          smem.values[channel] = convolve<Element>(p, place, i, load_float<Element>(place.v, channel), item.row.low,
+                                                   2 * p.H * K + item.head * V + channel);
+        } else if (item.member == 0) {
+          const int channel = i % K, own = item.key_head * K + channel;
+          if (i < K) {
+            smem.token.query[channel] =
+                convolve<Element>(p, place, i, load_float<Element>(place.q, channel), item.row.low, own);
+          } else {
+            smem.token.key[channel] =
+                convolve<Element>(p, place, i, load_float<Element>(place.k, channel), item.row.low, p.H * K + own);
+          }
         }
       }
       __syncthreads();
-      if (warp == 0) {
-        RawToken<K> raw;
-        load_neighbours<float>(smem.queries, lane * (K / 32), raw.q);
-        load_neighbours<float>(smem.keys, lane * (K / 32), raw.k);
-        load_gate<Element>(p, place.g, place.dt_bias, raw);
-        raw.beta = beta.as(p.beta_dtype), raw.A_log = A_log.as(p.parameter_dtype);
-        activate(p, raw, smem.token);
-      }
+      if (warp == 0) sum_up(p, smem.token.query, smem.token.key, beta.as(p.beta_dtype), smem.token);
       wait_for_copies<2>();
       state.take(place.state + slice * OwnSlice::kPlaceBytes);
       __syncthreads();
       state.step(smem.token, smem.values + first, 0,
                  [&](int channel, float o) { smem.outputs[first + channel] = rounded<Element>(o); });
-      state.store(p.final_state, item.matrix(p), first);
       __syncthreads();
       if (threadIdx.x < V) {
         float squares = 0.0f;
@@ -241,13 +257,13 @@ __global__ void __launch_bounds__(kStepThreads<V>, kStepCtas<V>)
         store_value<Element>(p.out, out + threadIdx.x,
                              smem.outputs[threadIdx.x] * scale * smem.norm_weight[threadIdx.x] * gate);
       }
+      state.store(p.final_state, item.matrix(p), first);
     } else {
       for (int i = threadIdx.x; i < V; i += kThreads) store_value<Element>(p.out, out + i, 0.0f);
     }
     if (!has_next) break;
     item = next;
-    has_next = next.advance(p, group, gridDim.x);
-    if (has_next) next.row = load_row(p, next.n);
+    has_next = advance(next);
   }
 }
 

@@ -16,10 +16,11 @@ int64_t items_of(const RecurrentParams& params) {
 
 template <class Element, int K, bool kValuesFirst, class State>
 cudaError_t launch_recurrent(const RecurrentParams& params, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(RecurrentSmem<Element, K, kValuesFirst, State>);
-  constexpr int kCtas = std::min(kRecurrentCtas, kSmemOfSm / (kBytes + 1024));
-  const int64_t ctas = std::min<int64_t>(items_of(params), kCtas * params.num_sms);
-  return launch<recurrent<Element, K, kValuesFirst, State>>(dim3(ctas), 1, kSliceThreads, kBytes, true, stream, params);
+  using Smem = RecurrentSmem<Element, K, kValuesFirst, State>;
+  const int bytes = Smem::bytes(params.tokens_at_a_time), slices = params.V / kSliceWidth;
+  const int ctas = std::min(kRecurrentCtas, kSmemOfSm / (bytes + 1024)) * params.num_sms / slices * slices;
+  return launch<recurrent<Element, K, kValuesFirst, State>, Smem::bytes(kMostTokensAtATime)>(
+      dim3(std::min<int64_t>(items_of(params), ctas)), 1, kSliceThreads, bytes, true, stream, params);
 }
 
 template <class Element, int K, bool kValuesFirst>
@@ -51,7 +52,11 @@ const char* recurrent_refusal(const RecurrentParams& params) {
   return nullptr;
 }
 
-cudaError_t recurrent(const RecurrentParams& params, cudaStream_t stream) {
+cudaError_t recurrent(const RecurrentParams& given, cudaStream_t stream) {
+  RecurrentParams params = given;
+  // As many as a sequence has, on average.
+  const int sequences = params.cu_seqlens == nullptr ? 1 : params.N;
+  params.tokens_at_a_time = std::clamp((params.T + sequences - 1) / sequences, 1, kMostTokensAtATime);
   switch (params.dtype) {
     case DType::kBF16: return launch_recurrent<__nv_bfloat16>(params, stream);
     case DType::kFP16: return launch_recurrent<__half>(params, stream);

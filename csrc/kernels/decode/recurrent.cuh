@@ -1,10 +1,9 @@
 // The recurrence over a few tokens: items of 32 value channels of a head and a sequence, which CTAs take in turn.
 //
 // Data flow: the state goes from global memory through shared memory into registers and back, once, however many tokens there
-// are (`Slice`). Each of the four warps has a token, and makes of it what all of them need, in shared memory (`Token`); more
-// than four go in blocks. While a CTA is at work on an item, everything that its next one needs is on its way to shared memory
-// or registers, the small things first: what is asked for later waits behind all that is on its way, which takes longer than
-// an item does.
+// are (`Slice`). All threads make of the tokens what they need of them, in shared memory (`Token`). While a CTA is at work on
+// an item, everything that its next one needs is on its way to shared memory or registers, the small things first: what is
+// asked for later waits behind all that is on its way, which takes longer than an item does.
 #pragma once
 
 #include "api/decode.h"
@@ -13,40 +12,38 @@
 
 namespace kda {
 
-constexpr int kWarps = kSliceThreads / 32;  // and tokens at a time
-constexpr int kRecurrentCtas = 4;           // an SM
+constexpr int kMostTokensAtATime = 16;
+constexpr int kRecurrentCtas = 4;  // an SM, at most
 
 // What a token brings with it, as it lies in memory.
 template <class Element, int K>
 struct alignas(16) TokenRows {
-  Element q[K], k[K];
-  float g[K], dt_bias[K];  // or narrower
-  Element v[kSliceWidth];
+  Element q[K], k[K], v[kSliceWidth];
+  float g[K];  // or narrower
 };
 
+// Shared memory for so many tokens at a time.
 template <class Element, int K, bool kValuesFirst, class State>
 struct RecurrentSmem {
   using OwnSlice = Slice<K, kValuesFirst, State>;
-  struct Place {
-    char state[OwnSlice::kPlaceBytes];
-    TokenRows<Element, K> rows[kWarps];
-  } places[2];  // of this item and the next one
-  Token<K> tokens[kWarps];
-  float values[kWarps][kSliceWidth];
   float exchange[OwnSlice::kExchange + 4];
+  char states[2][OwnSlice::kPlaceBytes];  // of this item and the next one
+  float dt_bias[2][K];                    // or narrower
+  // Behind it TokenRows [2][tokens], Token [tokens], values [tokens][32].
+  static __host__ __device__ constexpr int rows(int tokens, int place) {
+    return sizeof(RecurrentSmem) + place * tokens * static_cast<int>(sizeof(TokenRows<Element, K>));
+  }
+  static __host__ __device__ constexpr int tokens(int tokens) { return rows(tokens, 2); }
+  static __host__ __device__ constexpr int values(int tokens) {
+    return rows(tokens, 2) + tokens * static_cast<int>(sizeof(Token<K>));
+  }
+  static __host__ __device__ constexpr int bytes(int tokens) { return values(tokens) + tokens * kSliceWidth * 4; }
 };
 
 // 32 value channels from `first` on of a head and a sequence.
 struct RecurrentItem {
   int first, head, n;
   Integer row, from, to;  // of the states, and the bounds of a packed sequence
-
-  __device__ __forceinline__ RecurrentItem(const RecurrentParams& p, int index) {
-    const int shift = p.V == 128 ? 2 : 1;
-    first = (index & ((1 << shift) - 1)) * kSliceWidth;
-    n = (index >> shift) / p.HV;
-    head = (index >> shift) - n * p.HV;
-  }
 
   __device__ __forceinline__ void load(const RecurrentParams& p) {
     const int own = min(n, p.N - 1);  // CTAs look one item ahead, also of the last one
@@ -72,92 +69,131 @@ struct RecurrentItem {
   }
 };
 
-// Where the rows of a token of `item` are in global memory.
-template <class Element>
-struct RowPointers {
-  const Element *q, *k, *v;
-  const char *g, *dt_bias;
-  int64_t beta;  // an index
+// Rows of tokens that a warp copies: those of q, k, v or g. In bytes.
+struct RowSource {
+  const char* base;
+  int64_t batch, token, head;  // strides
+  int bytes, to;               // of a row, and where it goes in TokenRows
 
-  __device__ __forceinline__ RowPointers(const RecurrentParams& p, const RecurrentItem& item, int token) {
-    const int key_head = p.HV == p.H ? item.head : item.head / (p.HV / p.H),
-              batch = p.cu_seqlens == nullptr ? item.n : 0;
-    const auto row = [&](const int64_t (&strides)[3], int head) {
-      return batch * strides[0] + token * strides[1] + head * strides[2];
-    };
-    q = static_cast<const Element*>(p.q) + row(p.q_strides, key_head);
-    k = static_cast<const Element*>(p.k) + row(p.k_strides, key_head);
-    v = static_cast<const Element*>(p.v) + row(p.v_strides, item.head) + item.first;
-    g = static_cast<const char*>(p.g) + row(p.g_strides, item.head) * size_of(p.g_dtype);
-    dt_bias = static_cast<const char*>(p.dt_bias) + item.head * p.K * size_of(p.parameter_dtype);
-    beta = row(p.beta_strides, item.head);
+  __device__ __forceinline__ void set(const void* from, const int64_t (&strides)[3], int element, int width, int at) {
+    base = static_cast<const char*>(from);
+    batch = strides[0] * element, token = strides[1] * element, head = strides[2] * element;
+    bytes = width * element, to = at;
   }
 };
 
-// A warp's token, from such rows.
 template <class Element, int K>
-__device__ __forceinline__ float read_token(const RecurrentParams& p, const Element* q, const Element* k, const void* g,
-                                            const void* dt_bias, const Element* v, RawToken<K>& raw) {
-  const int lane = threadIdx.x & 31, channel = lane * (K / 32);
-  load_neighbours<Element>(q, channel, raw.q);
-  load_neighbours<Element>(k, channel, raw.k);
-  load_gate<Element>(p, g, dt_bias, raw);
-  return load_float<Element>(v, lane);
+__device__ __forceinline__ RowSource row_source(const RecurrentParams& p, int warp, int first) {
+  using Rows = TokenRows<Element, K>;
+  constexpr int kElement = sizeof(Element);
+  RowSource source;
+  switch (warp) {
+    case 0: source.set(p.q, p.q_strides, kElement, K, offsetof(Rows, q)); break;
+    case 1: source.set(p.k, p.k_strides, kElement, K, offsetof(Rows, k)); break;
+    case 2: source.set(p.g, p.g_strides, size_of(p.g_dtype), K, offsetof(Rows, g)); break;
+    default: source.set(p.v, p.v_strides, kElement, kSliceWidth, offsetof(Rows, v)); source.base += first * kElement;
+  }
+  return source;
 }
 
 template <class Element, int K, bool kValuesFirst, class State>
 __global__ void __launch_bounds__(kSliceThreads, kRecurrentCtas) recurrent(const __grid_constant__ RecurrentParams p) {
+  using Smem = RecurrentSmem<Element, K, kValuesFirst, State>;
+  using Rows = TokenRows<Element, K>;
   extern __shared__ __align__(16) char smem_bytes[];
-  auto& smem = *reinterpret_cast<RecurrentSmem<Element, K, kValuesFirst, State>*>(smem_bytes);
+  Smem& smem = *reinterpret_cast<Smem*>(smem_bytes);
+  Token<K>* const tokens = reinterpret_cast<Token<K>*>(smem_bytes + Smem::tokens(p.tokens_at_a_time));
+  float* const values = reinterpret_cast<float*>(smem_bytes + Smem::values(p.tokens_at_a_time));
+  const auto rows_of = [&](int place) {
+    return reinterpret_cast<Rows*>(smem_bytes + Smem::rows(p.tokens_at_a_time, place));
+  };
   const int warp = this_warp(), lane = threadIdx.x & 31;
-  const int items = p.N * p.HV * (p.V / kSliceWidth);
+  const int slices = p.V / kSliceWidth, items = p.N * p.HV * slices;
   Slice<K, kValuesFirst, State> state(smem.exchange, p.V);
 
-  // Of a warp's first token, which is on its way with the item.
-  Number A_log = {0}, beta = {0}, next_A_log = {0}, next_beta = {0};
-  const auto begin = [&](const RecurrentItem& item, int place) {
-    const bool has_row = item.has_row(p);
-    if (const int token = item.start(p) + warp; has_row && token < item.end(p)) {
-      TokenRows<Element, K>& rows = smem.places[place].rows[warp];
-      const RowPointers<Element> from(p, item, token);
-      constexpr int kElement = sizeof(Element);
-      copy_async_shared(reinterpret_cast<char*>(rows.q), from.q, K * kElement, lane, 32);
-      copy_async_shared(reinterpret_cast<char*>(rows.k), from.k, K * kElement, lane, 32);
-      copy_async_shared(reinterpret_cast<char*>(rows.v), from.v, kSliceWidth * kElement, lane, 32);
-      copy_async_shared(reinterpret_cast<char*>(rows.g), from.g, K * size_of(p.g_dtype), lane, 32);
-      if (p.dt_bias != nullptr)
-        copy_async_shared(reinterpret_cast<char*>(rows.dt_bias), from.dt_bias, K * size_of(p.parameter_dtype), lane,
-                          32);
-      next_beta = load_number(p.beta, from.beta, p.beta_dtype);
-      if (p.A_log != nullptr) next_A_log = load_number(p.A_log, item.head, p.parameter_dtype);
+  // This CTA's items have the same channels, since the grid has as many CTAs for each slice.
+  int index = blockIdx.x;
+  RecurrentItem item;
+  item.first = index % slices * kSliceWidth, item.n = index / slices / p.HV, item.head = index / slices % p.HV;
+  const int step_n = gridDim.x / slices / p.HV, step_head = gridDim.x / slices % p.HV;
+  const auto advance = [&](RecurrentItem& it) {
+    it.n += step_n, it.head += step_head;
+    if (it.head >= p.HV) ++it.n, it.head -= p.HV;
+    it.load(p);
+  };
+  const RowSource source = row_source<Element, K>(p, warp, item.first);
+  const auto row_at = [&](const RecurrentItem& it, int token) {
+    const int head = warp >= 2 || p.HV == p.H ? it.head : it.head / (p.HV / p.H);
+    return source.base + (p.cu_seqlens == nullptr ? it.n : 0) * source.batch + token * source.token +
+           head * source.head;
+  };
+  const auto copy_rows = [&](const RecurrentItem& it, int token, int end, int place) {
+    char* to = reinterpret_cast<char*>(rows_of(place)) + source.to;
+    const char* from = row_at(it, token);
+#pragma unroll 1
+    for (const int last = min(end, token + p.tokens_at_a_time); token < last; ++token) {
+      copy_async_shared(to, from, source.bytes, lane, 32);
+      to += sizeof(Rows), from += source.token;
     }
-    commit_copies();
-    if (has_row && p.initial_state != nullptr)
-      state.copy(p.initial_state, item.matrix(p), item.first, smem.places[place].state);
-    commit_copies();
+  };
+  const auto load_beta = [&](const RecurrentItem& it, int token) {
+    return load_number(p.beta,
+                       (p.cu_seqlens == nullptr ? it.n : 0) * p.beta_strides[0] + token * p.beta_strides[1] +
+                           it.head * p.beta_strides[2],
+                       p.beta_dtype);
   };
 
-  int index = blockIdx.x;
-  RecurrentItem item(p, index);
+  Number A_log, beta, next_A_log = {0}, next_beta = {0};  // β of token `lane`
+  const auto begin = [&](const RecurrentItem& it, int place) {
+    const bool has_row = it.has_row(p);
+    const int start = it.start(p), end = it.end(p);
+    if (has_row && start < end) {
+      copy_rows(it, start, end, place);
+      if (warp == 3 && p.dt_bias != nullptr) {
+        const int bytes = K * size_of(p.parameter_dtype);
+        copy_async_shared(reinterpret_cast<char*>(smem.dt_bias[place]),
+                          static_cast<const char*>(p.dt_bias) + static_cast<int64_t>(it.head) * bytes, bytes, lane, 32);
+      }
+      if (lane < min(end - start, p.tokens_at_a_time)) next_beta = load_beta(it, start + lane);
+      if (p.A_log != nullptr) next_A_log = load_number(p.A_log, it.head, p.parameter_dtype);
+    }
+    commit_copies();
+    if (has_row && p.initial_state != nullptr) state.copy(p.initial_state, it.matrix(p), it.first, smem.states[place]);
+    commit_copies();
+  };
+  // Makes what is needed of tokens whose rows are there.
+  const auto make_tokens = [&](int count, int place) {
+    const Rows* const rows = rows_of(place);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count * K; i += kSliceThreads) {
+      const int token = i / K, channel = i % K;
+      tokens[token].decay[channel] = decay_of<Element>(p, rows[token].g, smem.dt_bias[place], channel, A_log);
+      tokens[token].key[channel] = load_float<Element>(rows[token].k, channel);
+      tokens[token].query[channel] = load_float<Element>(rows[token].q, channel);
+    }
+#pragma unroll 1
+    for (int token = warp; token < count; token += 4) {
+      const Number own = {__shfl_sync(0xffffffffu, beta.bits, token)};
+      values[token * kSliceWidth + lane] = load_float<Element>(rows[token].v, lane);
+      sum_up(p, rows[token].q, rows[token].k, own.as(p.beta_dtype), tokens[token]);
+    }
+  };
+
   launch_dependents();
   if (const int row = row_for_hint(p, item.n); row >= 0)
     state.hint_at(p.initial_state, static_cast<int64_t>(row) * p.HV + item.head, item.first);
-  if (p.cu_seqlens == nullptr && warp < p.T) {
-    const RowPointers<Element> rows(p, item, warp);
-    constexpr int kLine = 128 / sizeof(Element);
-    if (lane * kLine < K) hint(rows.q + lane * kLine), hint(rows.k + lane * kLine);
-    if (lane * 128 < K * size_of(p.g_dtype)) hint(rows.g + lane * 128);
-    if (lane == 0) hint(rows.v);
-  }
+  if (p.cu_seqlens == nullptr && p.T > 0 && 128 * lane < source.bytes) hint(row_at(item, 0) + 128 * lane);
   wait_for_previous_kernel();
 
   item.load(p);
   begin(item, 0);
-  RecurrentItem next(p, index + gridDim.x);
-  next.load(p);
+  RecurrentItem next = item;
+  advance(next);
 #pragma unroll 1
   for (int place = 0;; place ^= 1) {
     A_log = next_A_log, beta = next_beta;
+    wait_for_copies<1>();
+    __syncthreads();  // the rows are there, and nobody needs the place of the item before
     index += gridDim.x;
     const bool is_last = index >= items;
     if (!is_last) {
@@ -170,38 +206,31 @@ __global__ void __launch_bounds__(kSliceThreads, kRecurrentCtas) recurrent(const
     const int start = item.start(p), end = item.end(p), batch = p.cu_seqlens == nullptr ? item.n : 0;
     const int64_t out = batch * p.out_strides[0] + item.head * p.out_strides[2] + item.first;
     const auto clear_outputs = [&](int from, int to) {
-      for (int token = from + warp; token < to; token += kWarps)
+      for (int token = from + warp; token < to; token += 4)
         store_value<Element>(p.out, out + token * p.out_strides[1] + lane, 0.0f);
     };
     if (p.cu_seqlens != nullptr && item.n == p.N - 1) clear_outputs(end, p.T);  // tokens that no sequence has
     if (item.has_row(p)) {
-      RawToken<K> raw;
-      wait_for_copies<3>();
-      __syncwarp();
-      if (start + warp < end) {
-        const TokenRows<Element, K>& rows = smem.places[place].rows[warp];
-        smem.values[warp][lane] = read_token(p, rows.q, rows.k, rows.g, rows.dt_bias, rows.v, raw);
-        raw.beta = beta.as(p.beta_dtype), raw.A_log = A_log.as(p.parameter_dtype);
-        activate(p, raw, smem.tokens[warp]);
-      }
+      make_tokens(min(end - start, p.tokens_at_a_time), place);
       wait_for_copies<2>();
-      p.initial_state == nullptr ? state.set_to_zero() : state.take(smem.places[place].state);
+      p.initial_state == nullptr ? state.set_to_zero() : state.take(smem.states[place]);
+      __syncthreads();
 #pragma unroll 1
-      for (int block = start; block < end; block += kWarps) {
-        if (block > start) {
-          __syncthreads();  // the places of the tokens before are free
-          if (block + warp < end) {
-            const RowPointers<Element> rows(p, item, block + warp);
-            raw.beta = load_number(p.beta, rows.beta, p.beta_dtype).as(p.beta_dtype);
-            smem.values[warp][lane] = read_token(p, rows.q, rows.k, rows.g, rows.dt_bias, rows.v, raw);
-            activate(p, raw, smem.tokens[warp]);
-          }
+      for (int block = start; block < end; block += p.tokens_at_a_time) {
+        const int count = min(end - block, p.tokens_at_a_time);
+        if (block > start) {  // a sequence that is longer than most
+          __syncthreads();    // the places of the tokens before are free
+          copy_rows(item, block, end, place);
+          commit_copies();
+          if (lane < count) beta = load_beta(item, block + lane);
+          wait_for_copies<0>();
+          __syncthreads();
+          make_tokens(count, place);
+          __syncthreads();
         }
-        __syncthreads();
-        const int count = min(end - block, kWarps);
 #pragma unroll 1
         for (int i = 0; i < count; ++i) {
-          state.step(smem.tokens[i], smem.values[i], i, [&](int channel, float o) {
+          state.step(tokens[i], values + i * kSliceWidth, i, [&](int channel, float o) {
             store_value<Element>(p.out, out + (block + i) * p.out_strides[1] + channel, o);
           });
           if (p.states != nullptr)
@@ -213,10 +242,8 @@ __global__ void __launch_bounds__(kSliceThreads, kRecurrentCtas) recurrent(const
       clear_outputs(start, end);
     }
     if (is_last) break;
-    __syncthreads();
     item = next;
-    next = RecurrentItem(p, index + gridDim.x);
-    next.load(p);
+    advance(next);
   }
 }
 

@@ -1,11 +1,13 @@
 // The token recurrence of 32 value channels, carried by 128 threads that hold the state in registers.
 //
-// With d = e^g - 1, k^ and q^ normalised, q^ times the scale, a token does this to each value channel v, a row of the state:
+// With d = e^g - 1, and factors n that norm q and k and have q's scale, a token does this to each value channel v, a row of the
+// state:
 //
-//   s ← s + s ∘ d      a = s · k^      b = s · q^      u = β (v - a)      o = b + u (k^ · q^)      s ← s + u k^
+//   s ← s + s ∘ d      a = n_k (s · k)      b = n_q (s · q)      u = β (v - a)      o = b + u (n_k n_q k · q)      s ← s + u n_k k
 //
-// so that both sums over the key channels are taken at the same time. d rather than e^g, since a gate near 1 would lose
-// what matters in fp32: a state that is a thousand tokens old has gone through e^g a thousand times.
+// so that both sums over the key channels are taken at the same time, and the factors are found beside them. d rather than e^g,
+// since a gate near 1 would lose what matters in fp32: a state that is a thousand tokens old has gone through e^g a
+// thousand times.
 //
 // Who holds what (`Slice`): a thread has 4 neighbours of the state's last dimension at a time, K / 16 times.
 //   values first, [V, K]: a warp has 8 rows, K / 4 lanes a row, and sums over lanes.
@@ -27,9 +29,8 @@ constexpr int kSliceThreads = 128;  // 4 warps
 template <int K>
 struct alignas(16) Token {
   float decay[K];  // e^g - 1
-  float key[K];
-  float query[K];  // times the scale
-  float key_query, beta;
+  float key[K], query[K];
+  float key_factor, query_factor, key_query, beta;  // the second one has the scale, the third one both
 };
 
 // N neighbours of fp32 or Element, as is known when the call comes.
@@ -103,53 +104,40 @@ __device__ __forceinline__ float beta_of(const KdaParams& p, float x) {
   return (p.allow_neg_eigval ? 2.0f : 1.0f) * sigmoid(x);
 }
 
-// A token's inputs and the gate's parameters, for one head: K / 32 neighbouring channels a lane of one warp.
-template <int K>
-struct RawToken {
-  float q[K / 32], k[K / 32], g[K / 32], dt_bias[K / 32], A_log, beta;
-};
-
-// g and dt_bias of K channels, from wherever they are.
-template <class Element, int K>
-__device__ __forceinline__ void load_gate(const RecurrentParams& p, const void* g, const void* dt_bias,
-                                          RawToken<K>& raw) {
-  const int channel = (threadIdx.x & 31) * (K / 32);
-  load_neighbours_of<Element>(g, channel, p.g_dtype, raw.g);
-#pragma unroll
-  for (int i = 0; i < K / 32; ++i)
-    raw.dt_bias[i] =
-        p.dt_bias == nullptr ? 0.0f : load_number(dt_bias, channel + i, p.parameter_dtype).as(p.parameter_dtype);
+// e^g - 1 of a channel, from g and dt_bias as they lie there.
+template <class Element>
+__device__ __forceinline__ float decay_of(const RecurrentParams& p, const void* g, const void* dt_bias, int channel,
+                                          Number A_log) {
+  const float bias =
+      p.dt_bias == nullptr ? 0.0f : load_number(dt_bias, channel, p.parameter_dtype).as(p.parameter_dtype);
+  const float rate = p.A_log == nullptr ? 1.0f : expf(A_log.as(p.parameter_dtype));
+  return expm1f(log_decay(p, load_float_of<Element>(g, channel, p.g_dtype), rate, bias));
 }
 
-// Makes `token` of it, with one warp.
-template <int K>
-__device__ __forceinline__ void activate(const RecurrentParams& p, const RawToken<K>& raw, Token<K>& token) {
-  constexpr int kOwn = K / 32;
-  const int lane = threadIdx.x & 31, channel = lane * kOwn;
-  const float rate = expf(raw.A_log);
-  float qq = 0.0f, kk = 0.0f, kq = 0.0f;
+// The factors of a token, and its β, with one warp.
+template <class Element, int K>
+__device__ __forceinline__ void sum_up(const RecurrentParams& p, const Element* q, const Element* k, float beta,
+                                       Token<K>& token) {
+  const int lane = threadIdx.x & 31;
+  float qs[K / 32], ks[K / 32], qq = 0.0f, kk = 0.0f, kq = 0.0f;
+  load_neighbours<Element>(q, lane * (K / 32), qs);
+  load_neighbours<Element>(k, lane * (K / 32), ks);
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    qq = fmaf(raw.q[i], raw.q[i], qq);
-    kk = fmaf(raw.k[i], raw.k[i], kk);
-    kq = fmaf(raw.k[i], raw.q[i], kq);
+  for (int i = 0; i < K / 32; ++i) {
+    qq = fmaf(qs[i], qs[i], qq);
+    kk = fmaf(ks[i], ks[i], kk);
+    kq = fmaf(ks[i], qs[i], kq);
   }
-  qq = warp_sum(qq), kk = warp_sum(kk), kq = warp_sum(kq);
-  const float k_norm = p.use_qk_norm ? rsqrtf(kk + 1e-6f) : 1.0f;
-  const float q_norm = p.use_qk_norm ? p.scale * rsqrtf(qq + 1e-6f) : p.scale;
-  float decay[kOwn], key[kOwn], query[kOwn];
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    decay[i] = expm1f(log_decay(p, raw.g[i], rate, raw.dt_bias[i]));
-    key[i] = raw.k[i] * k_norm;
-    query[i] = raw.q[i] * q_norm;
+  kq = warp_sum(kq);
+  float key_factor = 1.0f, query_factor = p.scale;
+  if (p.use_qk_norm) {
+    key_factor = rsqrtf(warp_sum(kk) + 1e-6f);
+    query_factor *= rsqrtf(warp_sum(qq) + 1e-6f);
   }
-  store_neighbours<float>(token.decay, channel, decay);
-  store_neighbours<float>(token.key, channel, key);
-  store_neighbours<float>(token.query, channel, query);
   if (lane == 0) {
-    token.key_query = kq * k_norm * q_norm;
-    token.beta = beta_of(p, raw.beta);
+    token.key_factor = key_factor, token.query_factor = query_factor;
+    token.key_query = kq * key_factor * query_factor;
+    token.beta = beta_of(p, beta);
   }
 }
 
@@ -260,6 +248,14 @@ class Slice {
     return (i * kSliceThreads + warp_ * 32 + lane_) * kVectorBytes;
   }
 
+  // Of a value channel, whose value and sums with k and q these are.
+  __device__ __forceinline__ static float update_of(const Token<K>& token, float value, float a) {
+    return token.beta * fmaf(-token.key_factor, a, value);
+  }
+  __device__ __forceinline__ static float output_of(const Token<K>& token, float u, float b) {
+    return fmaf(token.query_factor, b, u * token.key_query);
+  }
+
   template <class Output>
   __device__ __forceinline__ void step_values_first(const Token<K>& token, const float* values, const Output& out) {
     const int column = lane_ % kLanes * 4;
@@ -290,11 +286,11 @@ class Slice {
     const float partner = __shfl_xor_sync(0xffffffffu, own, 2);
     const float a = lane_ & 2 ? partner : own, b = lane_ & 2 ? own : partner;
     const int channel = warp_ * 8 + lane_ % kLanes / 4 * kRows + lane_ / kLanes;
-    const float u = token.beta * (values[channel] - a);
-    if ((lane_ & 3) == 0) out(channel, fmaf(u, token.key_query, b));
+    const float u = update_of(token, values[channel], a);
+    if ((lane_ & 3) == 0) out(channel, output_of(token, u, b));
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const float ui = __shfl_sync(0xffffffffu, u, lane_ / kLanes * kLanes + 4 * i);
+      const float ui = __shfl_sync(0xffffffffu, u * token.key_factor, lane_ / kLanes * kLanes + 4 * i);
       s_[i][0] = fmaf(ui, k.x, s_[i][0]), s_[i][1] = fmaf(ui, k.y, s_[i][1]);
       s_[i][2] = fmaf(ui, k.z, s_[i][2]), s_[i][3] = fmaf(ui, k.w, s_[i][3]);
     }
@@ -338,12 +334,11 @@ class Slice {
       return sum;
     };
     if (warp_ == count % 4) {
-      const float u = token.beta * (values[lane_] - sum_of(0, lane_));
-      out(lane_, fmaf(u, token.key_query, sum_of(1, lane_)));
+      out(lane_, output_of(token, update_of(token, values[lane_], sum_of(0, lane_)), sum_of(1, lane_)));
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float u = token.beta * (values[column + j] - sum_of(0, column + j));
+      const float u = update_of(token, values[column + j], sum_of(0, column + j)) * token.key_factor;
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) s_[i][j] = fmaf(u, token.key[16 * i + row], s_[i][j]);
     }
