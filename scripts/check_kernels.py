@@ -96,6 +96,8 @@ def main() -> None:
         print(f"HGMMA {count['HGMMA']:4}  local memory {count['local']:4}  {symbol}")
         if count["HGMMA"] < wanted:
             found.append(f"{symbol} has {count['HGMMA']} HGMMA, its design wants {wanted}")
+        if count["local"]:
+            found.append(f"{symbol} has an array that is not in registers: {count['local']} accesses")
     # A stub has no kernel at all: nothing to hold against it.
     found += [f"there is no kernel {name}" for name in TENSOR_CORES if kernels and name not in names]
     if found:
