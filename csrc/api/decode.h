@@ -17,8 +17,7 @@ struct RecurrentParams : KdaParams {
   bool state_indices_is_int64;
   int rows;  // of the states
 
-  // Set by the host side: tokens in shared memory at a time, and CTAs that run at a time.
-  int tokens_at_a_time, resident_ctas;
+  int tokens_at_a_time;  // set by `recurrent`
 };
 
 // Null, or why such a call cannot be served: a static string that names the argument. Looks at sizes and dtypes.

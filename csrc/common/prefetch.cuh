@@ -5,11 +5,9 @@
 
 namespace kda {
 
-// A hint: brings `bytes`, a multiple of 16 at such an address, into L2, where they stay what they are in memory. So it may come
-// before the kernel waits for the one that writes them, and of a place that is never read.
-__device__ __forceinline__ void hint(const void* address, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
-}
+// A hint: brings the line of an address into L2, where it stays what it is in memory. So it may come before the kernel waits for
+// the one that writes it.
+__device__ __forceinline__ void hint(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 // A word for a hint to go by: from L2, so that a load after the wait finds no old one nearer.
 __device__ __forceinline__ int load_for_hint(const int* address) {
@@ -30,6 +28,20 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
   }
 }
 
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Copies `bytes`, a multiple of 16 at such addresses: this thread and others share that, `thread` of `threads`. All threads that
+// read any of it wait for their copies, and then for each other.
+__device__ __forceinline__ void copy_async_shared(char* to, const void* from, int bytes, int thread, int threads) {
+  for (int at = 16 * thread; at < bytes; at += 16 * threads)
+    copy_async<16>(to + at, static_cast<const char*>(from) + at);
+}
+
+// Ends a group of copies, which may be empty.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all but the last kLeft groups have arrived.
+template <int kLeft>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
 
 }  // namespace kda

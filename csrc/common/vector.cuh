@@ -37,30 +37,18 @@ template <class T, int N>
 using WidestVector =
     std::conditional_t<N * sizeof(T) % 16 == 0, uint4, std::conditional_t<N * sizeof(T) % 8 == 0, uint2, uint32_t>>;
 
-// N neighbours as they lie in memory: nobody waits for their load before they are asked for.
-template <class T, int N>
-struct Neighbours {
-  uint32_t words[N * sizeof(T) / 4];
-
-  // From element `index` on, at a multiple of what WidestVector has.
-  __device__ __forceinline__ void load(const void* base, int64_t index) {
-    using Vector = WidestVector<T, N>;
-    constexpr int kVectors = N * sizeof(T) / sizeof(Vector);
-    const Vector* const from = reinterpret_cast<const Vector*>(static_cast<const T*>(base) + index);
-    Vector vectors[kVectors];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) vectors[i] = from[i];
-    __builtin_memcpy(words, vectors, sizeof(words));
-  }
-
-  __device__ __forceinline__ void get(float (&x)[N]) const { expand<T>(words, x); }
-};
-
+// N neighbours from element `index` on, in global memory, at a multiple of what WidestVector has.
 template <class T, int N>
 __device__ __forceinline__ void load_neighbours(const void* base, int64_t index, float (&x)[N]) {
-  Neighbours<T, N> neighbours;
-  neighbours.load(base, index);
-  neighbours.get(x);
+  using Vector = WidestVector<T, N>;
+  constexpr int kVectors = N * sizeof(T) / sizeof(Vector);
+  const Vector* const from = reinterpret_cast<const Vector*>(static_cast<const T*>(base) + index);
+  Vector vectors[kVectors];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) vectors[i] = from[i];
+  uint32_t words[N * sizeof(T) / 4];
+  __builtin_memcpy(words, vectors, sizeof(words));
+  expand<T>(words, x);
 }
 
 template <class T, int N>

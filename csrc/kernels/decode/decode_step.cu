@@ -1,16 +1,19 @@
 // Which step a call gets.
 #include "decode_step.cuh"
 
+#include <algorithm>
+
 namespace kda {
 
 namespace {
 
 template <class Element, int K, int V, bool kValuesFirst, class State>
-cudaError_t launch_step(DecodeStepParams params, cudaStream_t stream) {
-  constexpr int kPlaces = V / kSliceWidth * Slice<K, kValuesFirst, State>::kPlaceBytes;
-  params.resident_ctas = kStepCtas<K, V> * params.num_sms;
-  return launch<decode_step<Element, K, V, kValuesFirst, State>>(dim3(params.N * params.H), 1, kStepThreads<V>, kPlaces,
-                                                                 true, stream, params);
+cudaError_t launch_step(const DecodeStepParams& params, cudaStream_t stream) {
+  const int64_t ctas = std::min<int64_t>(static_cast<int64_t>(params.N) * params.H, kStepCtas<V> * params.num_sms);
+  constexpr int kBytes = sizeof(StepSmem<Element, K, V, kValuesFirst, State>);
+  static_assert(kStepCtas<V> * (kBytes + 1024) <= 228 * 1024);
+  return launch<decode_step<Element, K, V, kValuesFirst, State>>(dim3(ctas), 1, kStepThreads<V>, kBytes, true, stream,
+                                                                 params);
 }
 
 template <class Element, int K, int V, bool kValuesFirst>

@@ -1,9 +1,10 @@
-// The recurrence over a few tokens: one CTA for 32 or 64 value channels of a head and a sequence, 128 threads for each 32.
+// The recurrence over a few tokens: items of 32 or 64 value channels of a head and a sequence, 128 threads for each 32, which
+// CTAs take in turn.
 //
-// Data flow: the state goes from global memory into registers and back, once, however many tokens there are (`Slice`). All
-// threads make of the tokens what they need of them, in shared memory (`Token`), whose loads are before those of the state.
-// Each CTA brings into L2 what the one that follows it on the SM begins with, so that memory is busy while CTAs are not asking.
-// CTAs that stay and take one item after the other are slower: they drift apart, and DRAM likes neighbours.
+// Data flow: the state goes from global memory through shared memory into registers and back, once, however many tokens there
+// are (`Slice`). All threads make of the tokens what they need of them, in shared memory (`Token`). While a CTA is at work on
+// an item, everything that its next one needs is on its way to shared memory or registers, the small things first: what is
+// asked for later waits behind all that is on its way, which takes longer than an item does.
 #pragma once
 
 #include "api/decode.h"
@@ -14,234 +15,248 @@ namespace kda {
 
 constexpr int kMostTokensAtATime = 16;
 
+// An SM, at most.
 template <int kSlices>
-constexpr int kRecurrentCtas = kSlices == 1 ? 4 : 2;  // an SM
+constexpr int kRecurrentCtas = 4 / kSlices;
+
+// What a token brings with it, as it lies in memory.
+template <class Element, int K, int kSlices>
+struct alignas(16) TokenRows {
+  Element q[K], k[K], v[kSlices * kSliceWidth];
+  float g[K];  // or narrower
+};
 
 // Shared memory for so many tokens at a time.
-template <int K, int kSlices, bool kValuesFirst, class State>
+template <class Element, int K, int kSlices, bool kValuesFirst, class State>
 struct RecurrentSmem {
   using OwnSlice = Slice<K, kValuesFirst, State>;
-  char places[kSlices][OwnSlice::kPlaceBytes];
+  using Rows = TokenRows<Element, K, kSlices>;
   float exchange[kSlices][OwnSlice::kExchange + 4];
-  // Behind it Token [tokens], values [tokens][32 kSlices].
+  char states[2][kSlices][OwnSlice::kPlaceBytes];  // of this item and the next one
+  float dt_bias[2][K];                             // or narrower
+  // Behind it Rows [2][tokens], Token [tokens], values [tokens][32 kSlices].
+  static __host__ __device__ constexpr int rows(int tokens, int place) {
+    return sizeof(RecurrentSmem) + place * tokens * static_cast<int>(sizeof(Rows));
+  }
+  static __host__ __device__ constexpr int tokens(int tokens) { return rows(tokens, 2); }
   static __host__ __device__ constexpr int values(int tokens) {
-    return sizeof(RecurrentSmem) + tokens * static_cast<int>(sizeof(Token<K>));
+    return rows(tokens, 2) + tokens * static_cast<int>(sizeof(Token<K>));
   }
   static __host__ __device__ constexpr int bytes(int tokens) {
     return values(tokens) + tokens * kSlices * kSliceWidth * 4;
   }
 };
 
-// `count` value channels from `first` on of a head and a sequence.
+// A head and a sequence: whose value channels a CTA has is always the same.
 struct RecurrentItem {
-  int first, head, n;
+  int head, n;
+  Integer row, from, to;  // of the states, and the bounds of a packed sequence
 
-  __device__ __forceinline__ RecurrentItem(const RecurrentParams& p, int index, int count) {
-    const int parts = p.V / count, heads = index / parts;
-    first = (index - heads * parts) * count;
-    n = heads / p.HV;
-    head = heads - n * p.HV;
+  __device__ __forceinline__ void load(const RecurrentParams& p) {
+    const int own = min(n, p.N - 1);  // CTAs look one item ahead, also of the last one
+    row = load_row(p, own);
+    if (p.cu_seqlens != nullptr) {
+      from = load_integer(p.cu_seqlens, p.cu_seqlens_is_int64, own);
+      to = load_integer(p.cu_seqlens, p.cu_seqlens_is_int64, own + 1);
+    }
+  }
+
+  __device__ __forceinline__ bool has_row(const RecurrentParams& p) const {
+    return row.is_below(p.rows, p.state_indices_is_int64);
+  }
+  __device__ __forceinline__ int64_t matrix(const RecurrentParams& p) const {
+    return static_cast<int64_t>(row.low) * p.HV + head;
+  }
+  // Tokens, in [0, T] whatever the caller's tensor says.
+  __device__ __forceinline__ int start(const RecurrentParams& p) const {
+    return p.cu_seqlens == nullptr ? 0 : from.clamped(p.T, p.cu_seqlens_is_int64);
+  }
+  __device__ __forceinline__ int end(const RecurrentParams& p) const {
+    return p.cu_seqlens == nullptr ? p.T : to.clamped(p.T, p.cu_seqlens_is_int64);
   }
 };
 
-// Brings an item into L2: its state, and the first tokens of dense sequences.
-template <class Element, int K, bool kValuesFirst, class State>
-__device__ __forceinline__ void hint_at_item(const RecurrentParams& p, const RecurrentItem& item, int row, int count) {
-  if (row >= 0) hint_at_state<K, kValuesFirst, State>(p, row, item.head, item.first, count);
-  const int token = threadIdx.x / 4;
-  if (p.cu_seqlens != nullptr || token >= p.T) return;
-  const auto rows = [&](const void* base, const int64_t (&strides)[3], int head, int at, int width, int size) {
-    hint(static_cast<const char*>(base) + (item.n * strides[0] + token * strides[1] + head * strides[2] + at) * size,
-         width * size);
-  };
-  const int key_head = p.HV == p.H ? item.head : item.head / (p.HV / p.H);
-  switch (threadIdx.x % 4) {
-    case 0: return rows(p.q, p.q_strides, key_head, 0, K, sizeof(Element));
-    case 1: return rows(p.k, p.k_strides, key_head, 0, K, sizeof(Element));
-    case 2: return rows(p.g, p.g_strides, item.head, 0, K, p.g_dtype == DType::kFP32 ? 4 : sizeof(Element));
-    default: return rows(p.v, p.v_strides, item.head, item.first, count, sizeof(Element));
-  }
-}
+// Rows of tokens that one of four warps copies: those of q, k, v or g. In bytes.
+struct RowSource {
+  const char* base;
+  int64_t batch, token, head;  // strides
+  int bytes, to;               // of a row, and where it goes in TokenRows
 
-// Makes what the recurrence needs of tokens of one sequence and head: a thread has a channel of a token, and a warp its sums.
-template <class Element, int K, int kSlices>
-class TokenMaker {
- public:
-  __device__ __forceinline__ TokenMaker(const RecurrentParams& p, int batch, int head, int first, Token<K>* tokens,
-                                        float* values)
-      : p_(p),
-        batch_(batch),
-        head_(head),
-        key_head_(p.HV == p.H ? head : head / (p.HV / p.H)),
-        first_(first),
-        tokens_(tokens),
-        values_(values) {}
-
-  // Begins the loads of the first round for `count` tokens from `block` on.
-  __device__ __forceinline__ void begin(int block, int count) {
-    const int i = threadIdx.x;
-    if (i < count * K) channel_ = load_channel(block + i / K, i % K);
-    if (own_sums() < count) sums_ = load_sums(block + own_sums());
-    if (i < count * kChannels) value_ = load_value(block + i / kChannels, i % kChannels);
+  __device__ __forceinline__ void set(const void* from, const int64_t (&strides)[3], int element, int width, int at) {
+    base = static_cast<const char*>(from);
+    batch = strides[0] * element, token = strides[1] * element, head = strides[2] * element;
+    bytes = width * element, to = at;
   }
-
-  __device__ __forceinline__ void make(int block, int count) {
-    if (own_sums() < count) {
-      keep(sums_, own_sums());
-#pragma unroll 1
-      for (int i = own_sums() + kWarps; i < count; i += kWarps) keep(load_sums(block + i), i);
-    }
-    if (threadIdx.x < count * kChannels) {
-      values_[threadIdx.x] = value_.as(kDTypeOf<Element>);
-#pragma unroll 1
-      for (int i = threadIdx.x + kThreads; i < count * kChannels; i += kThreads)
-        values_[i] = load_value(block + i / kChannels, i % kChannels).as(kDTypeOf<Element>);
-    }
-    if (threadIdx.x < count * K) {
-      keep(channel_, threadIdx.x);
-#pragma unroll 1
-      for (int i = threadIdx.x + kThreads; i < count * K; i += kThreads) keep(load_channel(block + i / K, i % K), i);
-    }
-  }
-
- private:
-  static constexpr int kThreads = kSlices * kSliceThreads, kWarps = kThreads / 32, kChannels = kSlices * kSliceWidth;
-  struct Channel {
-    RawDecay decay;
-    Number key, query;
-  };
-  struct Sums {
-    Neighbours<Element, K / 32> q, k;
-    Number beta;
-  };
-
-  // The last warps are the first to have sums.
-  __device__ __forceinline__ static int own_sums() { return kWarps - 1 - this_warp(); }
-
-  __device__ __forceinline__ int64_t row(const int64_t (&strides)[3], int token, int head) const {
-    return batch_ * strides[0] + token * strides[1] + head * strides[2];
-  }
-  __device__ __forceinline__ Channel load_channel(int token, int channel) const {
-    Channel raw;
-    raw.decay.load(p_, row(p_.g_strides, token, head_), head_, channel);
-    raw.key = load_number(p_.k, row(p_.k_strides, token, key_head_) + channel, kDTypeOf<Element>);
-    raw.query = load_number(p_.q, row(p_.q_strides, token, key_head_) + channel, kDTypeOf<Element>);
-    return raw;
-  }
-  __device__ __forceinline__ Sums load_sums(int token) const {
-    const int channel = (threadIdx.x & 31) * (K / 32);
-    Sums raw;
-    raw.q.load(p_.q, row(p_.q_strides, token, key_head_) + channel);
-    raw.k.load(p_.k, row(p_.k_strides, token, key_head_) + channel);
-    raw.beta = load_number(p_.beta, row(p_.beta_strides, token, head_), p_.beta_dtype);
-    return raw;
-  }
-  __device__ __forceinline__ Number load_value(int token, int channel) const {
-    return load_number(p_.v, row(p_.v_strides, token, head_) + first_ + channel, kDTypeOf<Element>);
-  }
-  __device__ __forceinline__ void keep(const Channel& raw, int i) const {
-    Token<K>& token = tokens_[i / K];
-    token.decay[i % K] = raw.decay.template get<Element>(p_);
-    token.key[i % K] = raw.key.as(kDTypeOf<Element>);
-    token.query[i % K] = raw.query.as(kDTypeOf<Element>);
-  }
-  __device__ __forceinline__ void keep(const Sums& raw, int token) const {
-    sum_up(p_, raw.q, raw.k, raw.beta.template as<Element>(p_.beta_dtype), tokens_[token]);
-  }
-
-  const RecurrentParams& p_;
-  const int batch_, head_, key_head_, first_;
-  Token<K>* const tokens_;
-  float* const values_;
-  Channel channel_;
-  Sums sums_;
-  Number value_;
 };
 
-// Apart from the kernel, whose registers would not do for both.
 template <class Element, int K, int kSlices>
-__device__ __noinline__ void make_more_tokens(const RecurrentParams& p, int batch, int head, int first,
-                                              Token<K>* tokens, float* values, int block, int count) {
-  TokenMaker<Element, K, kSlices> maker(p, batch, head, first, tokens, values);
-  maker.begin(block, count);
-  maker.make(block, count);
+__device__ __forceinline__ RowSource row_source(const RecurrentParams& p, int warp, int first) {
+  using Rows = TokenRows<Element, K, kSlices>;
+  constexpr int kElement = sizeof(Element);
+  RowSource source;
+  switch (warp) {
+    case 0: source.set(p.q, p.q_strides, kElement, K, offsetof(Rows, q)); break;
+    case 1: source.set(p.k, p.k_strides, kElement, K, offsetof(Rows, k)); break;
+    case 2: source.set(p.g, p.g_strides, size_of(p.g_dtype), K, offsetof(Rows, g)); break;
+    default:
+      source.set(p.v, p.v_strides, kElement, kSlices * kSliceWidth, offsetof(Rows, v));
+      source.base += first * kElement;
+  }
+  return source;
 }
 
 template <class Element, int K, int kSlices, bool kValuesFirst, class State>
 __global__ void __launch_bounds__(kSlices* kSliceThreads, kRecurrentCtas<kSlices>)
     recurrent(const __grid_constant__ RecurrentParams p) {
-  constexpr int kChannels = kSlices * kSliceWidth;
-  using Smem = RecurrentSmem<K, kSlices, kValuesFirst, State>;
+  using Smem = RecurrentSmem<Element, K, kSlices, kValuesFirst, State>;
+  using Rows = typename Smem::Rows;
+  constexpr int kThreads = kSlices * kSliceThreads, kWarps = kThreads / 32, kChannels = kSlices * kSliceWidth;
   extern __shared__ __align__(16) char smem_bytes[];
   Smem& smem = *reinterpret_cast<Smem*>(smem_bytes);
-  Token<K>* const tokens = reinterpret_cast<Token<K>*>(smem_bytes + sizeof(Smem));
+  Token<K>* const tokens = reinterpret_cast<Token<K>*>(smem_bytes + Smem::tokens(p.tokens_at_a_time));
   float* const values = reinterpret_cast<float*>(smem_bytes + Smem::values(p.tokens_at_a_time));
+  const auto rows_of = [&](int place) {
+    return reinterpret_cast<Rows*>(smem_bytes + Smem::rows(p.tokens_at_a_time, place));
+  };
   const int warp = this_warp(), lane = threadIdx.x & 31, slice = warp / 4;
+  const int parts = p.V / kChannels;
+  Slice<K, kValuesFirst, State> state(smem.exchange[slice], p.V);
 
-  const RecurrentItem item(p, blockIdx.x, kChannels);
-  const bool is_packed = p.cu_seqlens != nullptr;
-  const int head = item.head, n = item.n, batch = is_packed ? 0 : n, first = item.first + slice * kSliceWidth;
+  // This CTA's items have the same channels, since the grid has as many CTAs for each part of them.
+  const int index = blockIdx.x;
+  RecurrentItem item;
+  item.n = index / parts / p.HV, item.head = index / parts % p.HV;
+  const int step_n = gridDim.x / parts / p.HV, step_head = gridDim.x / parts % p.HV;
+  const int first_of_all = index % parts * kChannels, first = first_of_all + slice * kSliceWidth;
+  const auto advance = [&](RecurrentItem& it) {
+    it.n += step_n, it.head += step_head;
+    if (it.head >= p.HV) ++it.n, it.head -= p.HV;
+    it.load(p);
+  };
+  const RowSource source = row_source<Element, K, kSlices>(p, warp % 4, first_of_all);
+  const auto row_at = [&](const RecurrentItem& it, int token) {
+    const int head = warp % 4 >= 2 || p.HV == p.H ? it.head : it.head / (p.HV / p.H);
+    return source.base + (p.cu_seqlens == nullptr ? it.n : 0) * source.batch + token * source.token +
+           head * source.head;
+  };
+  const auto copy_rows = [&](const RecurrentItem& it, int token, int end, int place) {
+    const int count = min(end - token, p.tokens_at_a_time);
+#pragma unroll 1
+    for (int i = slice; i < count; i += kSlices)
+      copy_async_shared(reinterpret_cast<char*>(rows_of(place) + i) + source.to, row_at(it, token + i), source.bytes,
+                        lane, 32);
+  };
+  const auto load_beta = [&](const RecurrentItem& it, int token) {
+    return load_number(p.beta,
+                       (p.cu_seqlens == nullptr ? it.n : 0) * p.beta_strides[0] + token * p.beta_strides[1] +
+                           it.head * p.beta_strides[2],
+                       p.beta_dtype);
+  };
+
+  Number A_log, beta, next_A_log = {0}, next_beta = {0};  // β of token `lane`
+  const auto begin = [&](const RecurrentItem& it, int place) {
+    const bool has_row = it.has_row(p);
+    const int start = it.start(p), end = it.end(p);
+    if (has_row && start < end) {
+      copy_rows(it, start, end, place);
+      if (warp == kWarps - 1 && p.dt_bias != nullptr) {
+        const int bytes = K * size_of(p.parameter_dtype);
+        copy_async_shared(reinterpret_cast<char*>(smem.dt_bias[place]),
+                          static_cast<const char*>(p.dt_bias) + static_cast<int64_t>(it.head) * bytes, bytes, lane, 32);
+      }
+      if (lane < min(end - start, p.tokens_at_a_time)) next_beta = load_beta(it, start + lane);
+      if (p.A_log != nullptr) next_A_log = load_number(p.A_log, it.head, p.parameter_dtype);
+    }
+    commit_copies();
+    if (has_row && p.initial_state != nullptr)
+      state.copy(p.initial_state, it.matrix(p), first, smem.states[place][slice]);
+    commit_copies();
+  };
+  // Makes what is needed of tokens whose rows are there.
+  const auto make_tokens = [&](int count, int place) {
+    const Rows* const rows = rows_of(place);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count * K; i += kThreads) {
+      const int token = i / K, channel = i % K;
+      tokens[token].decay[channel] = decay_of<Element>(p, rows[token].g, smem.dt_bias[place], channel, A_log);
+      tokens[token].key[channel] = load_float<Element>(rows[token].k, channel);
+      tokens[token].query[channel] = load_float<Element>(rows[token].q, channel);
+    }
+#pragma unroll 1
+    for (int token = kWarps - 1 - warp; token < count; token += kWarps) {  // the last warps are the first to have sums
+      const Number own = {__shfl_sync(0xffffffffu, beta.bits, token)};
+#pragma unroll
+      for (int i = lane; i < kChannels; i += 32) values[token * kChannels + i] = load_float<Element>(rows[token].v, i);
+      sum_up(p, rows[token].q, rows[token].k, own.as(p.beta_dtype), tokens[token]);
+    }
+  };
+
   launch_dependents();
-  hint_at_item<Element, K, kValuesFirst, State>(p, item, row_for_hint(p, n), kChannels);
+  if (const int row = row_for_hint(p, item.n); row >= 0)
+    state.hint_at(p.initial_state, static_cast<int64_t>(row) * p.HV + item.head, first);
+  if (p.cu_seqlens == nullptr && p.T > 0 && 128 * lane < source.bytes) hint(row_at(item, 0) + 128 * lane);
   wait_for_previous_kernel();
 
-  // Of the CTA that comes next here.
-  const bool has_later = blockIdx.x + p.resident_ctas < gridDim.x;
-  const RecurrentItem later(p, has_later ? blockIdx.x + p.resident_ctas : blockIdx.x, kChannels);
-  const Integer row = load_row(p, n), later_row = load_row(p, later.n);
-  int start = 0, end = p.T;  // in [0, T], whatever the caller's tensor says
-  if (is_packed) {
-    const Integer from = load_integer(p.cu_seqlens, p.cu_seqlens_is_int64, n);
-    const Integer to = load_integer(p.cu_seqlens, p.cu_seqlens_is_int64, n + 1);
-    start = from.clamped(p.T, p.cu_seqlens_is_int64), end = to.clamped(p.T, p.cu_seqlens_is_int64);
-  }
-  const int64_t out = batch * p.out_strides[0] + head * p.out_strides[2] + first;
-  const auto clear_outputs = [&](int from, int to) {
+  item.load(p);
+  begin(item, 0);
+  RecurrentItem next = item;
+  advance(next);
 #pragma unroll 1
-    for (int token = from + warp % 4; token < to; token += 4)
-      store_value<Element>(p.out, out + token * p.out_strides[1] + lane, 0.0f);
-  };
-  if (is_packed && n == p.N - 1) clear_outputs(end, p.T);  // tokens that no sequence has
-  const auto hint_at_later = [&]() {
-    if (!has_later) return;
-    const bool has_state = p.initial_state != nullptr && later_row.is_below(p.rows, p.state_indices_is_int64);
-    hint_at_item<Element, K, kValuesFirst, State>(p, later, has_state ? later_row.low : -1, kChannels);
-  };
-  if (!row.is_below(p.rows, p.state_indices_is_int64)) {
-    hint_at_later();
-    clear_outputs(start, end);
-    return;
-  }
-  const int64_t matrix = static_cast<int64_t>(row.low) * p.HV + head;
+  for (int place = 0;; place ^= 1) {
+    A_log = next_A_log, beta = next_beta;
+    wait_for_copies<1>();
+    __syncthreads();  // the rows are there, and nobody needs the place of the item before
+    const bool is_last = next.n >= p.N;
+    if (!is_last) {
+      begin(next, place ^ 1);
+    } else {
+      commit_copies();
+      commit_copies();
+    }
 
-  TokenMaker<Element, K, kSlices> maker(p, batch, head, item.first, tokens, values);
-  Slice<K, kValuesFirst, State> state(smem.exchange[slice], p.V);
-  const int first_count = min(end - start, p.tokens_at_a_time);
-  maker.begin(start, first_count);
-  if (p.initial_state != nullptr) state.copy(p.initial_state, matrix, first, smem.places[slice]);
-  maker.make(start, first_count);
-  hint_at_later();
-  p.initial_state == nullptr ? state.set_to_zero() : state.take(smem.places[slice]);
+    const int start = item.start(p), end = item.end(p), batch = p.cu_seqlens == nullptr ? item.n : 0;
+    const int64_t out = batch * p.out_strides[0] + item.head * p.out_strides[2] + first;
+    const auto clear_outputs = [&](int from, int to) {
 #pragma unroll 1
-  for (int block = start; block < end; block += p.tokens_at_a_time) {
-    const int count = min(end - block, p.tokens_at_a_time);
-    if (block > start) {  // a sequence that is longer than most
-      state.put(smem.places[slice]);
-      __syncthreads();  // the places of the tokens before are free
-      make_more_tokens<Element, K, kSlices>(p, batch, head, item.first, tokens, values, block, count);
-      state.take_back(smem.places[slice]);
-    }
-    __syncthreads();
+      for (int token = from + warp % 4; token < to; token += 4)
+        store_value<Element>(p.out, out + token * p.out_strides[1] + lane, 0.0f);
+    };
+    if (p.cu_seqlens != nullptr && item.n == p.N - 1) clear_outputs(end, p.T);  // tokens that no sequence has
+    if (item.has_row(p)) {
+      make_tokens(min(end - start, p.tokens_at_a_time), place);
+      wait_for_copies<2>();
+      p.initial_state == nullptr ? state.set_to_zero() : state.take(smem.states[place][slice]);
+      __syncthreads();
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      state.step(tokens[i], values + i * kChannels + slice * kSliceWidth, i, [&](int channel, float o) {
-        store_value<Element>(p.out, out + (block + i) * p.out_strides[1] + channel, o);
-      });
-      if (p.states != nullptr)
-        state.store(p.states, (static_cast<int64_t>(batch) * p.T + block + i) * p.HV + head, first);
+      for (int block = start; block < end; block += p.tokens_at_a_time) {
+        const int count = min(end - block, p.tokens_at_a_time);
+        if (block > start) {  // a sequence that is longer than most
+          __syncthreads();    // the places of the tokens before are free
+          copy_rows(item, block, end, place);
+          commit_copies();
+          if (lane < count) beta = load_beta(item, block + lane);
+          wait_for_copies<0>();
+          __syncthreads();
+          make_tokens(count, place);
+          __syncthreads();
+        }
+#pragma unroll 1
+        for (int i = 0; i < count; ++i) {
+          state.step(tokens[i], values + i * kChannels + slice * kSliceWidth, i, [&](int channel, float o) {
+            store_value<Element>(p.out, out + (block + i) * p.out_strides[1] + channel, o);
+          });
+          if (p.states != nullptr)
+            state.store(p.states, (static_cast<int64_t>(batch) * p.T + block + i) * p.HV + item.head, first);
+        }
+      }
+      if (p.final_state != nullptr) state.store(p.final_state, item.matrix(p), first);
+    } else {
+      clear_outputs(start, end);
     }
+    if (is_last) break;
+    item = next;
+    advance(next);
   }
-  if (p.final_state != nullptr) state.store(p.final_state, matrix, first);
 }
 
 }  // namespace kda

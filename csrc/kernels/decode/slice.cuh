@@ -33,10 +33,16 @@ struct alignas(16) Token {
   float key_factor, query_factor, key_query, beta;  // the second one has the scale, the third one both
 };
 
-template <class T>
-constexpr DType kDTypeOf = std::is_same_v<T, float>    ? DType::kFP32
-                           : std::is_same_v<T, __half> ? DType::kFP16
-                                                       : DType::kBF16;
+// N neighbours of fp32 or Element, as is known when the call comes.
+template <class Element, int N>
+__device__ __forceinline__ void load_neighbours_of(const void* base, int64_t index, DType dtype, float (&x)[N]) {
+  dtype == DType::kFP32 ? load_neighbours<float>(base, index, x) : load_neighbours<Element>(base, index, x);
+}
+
+template <class Element>
+__device__ __forceinline__ float load_float_of(const void* base, int64_t index, DType dtype) {
+  return dtype == DType::kFP32 ? load_float<float>(base, index) : load_float<Element>(base, index);
+}
 
 __device__ __forceinline__ int size_of(DType dtype) { return dtype == DType::kFP32 ? 4 : 2; }
 
@@ -73,13 +79,6 @@ __device__ __forceinline__ float warp_sum(float x) {
 struct Number {
   uint32_t bits;
 
-  template <class Element>  // or fp32
-  __device__ __forceinline__ float as(DType dtype) const {
-    if (dtype == DType::kFP32) return __uint_as_float(bits);
-    if constexpr (std::is_same_v<Element, __half>)
-      return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-    return __uint_as_float(bits << 16);
-  }
   __device__ __forceinline__ float as(DType dtype) const {
     return dtype == DType::kFP32   ? __uint_as_float(bits)
            : dtype == DType::kBF16 ? __uint_as_float(bits << 16)
@@ -105,31 +104,24 @@ __device__ __forceinline__ float beta_of(const KdaParams& p, float x) {
   return (p.allow_neg_eigval ? 2.0f : 1.0f) * sigmoid(x);
 }
 
-// What a channel's decay is made of, as it lies in memory.
-struct RawDecay {
-  Number g, dt_bias, A_log;
+// e^g - 1 of a channel, from g and dt_bias as they lie there.
+template <class Element>
+__device__ __forceinline__ float decay_of(const RecurrentParams& p, const void* g, const void* dt_bias, int channel,
+                                          Number A_log) {
+  const float bias =
+      p.dt_bias == nullptr ? 0.0f : load_number(dt_bias, channel, p.parameter_dtype).as(p.parameter_dtype);
+  const float rate = p.A_log == nullptr ? 1.0f : expf(A_log.as(p.parameter_dtype));
+  return expm1f(log_decay(p, load_float_of<Element>(g, channel, p.g_dtype), rate, bias));
+}
 
-  __device__ __forceinline__ void load(const RecurrentParams& p, int64_t g_row, int head, int channel) {
-    g = load_number(p.g, g_row + channel, p.g_dtype);
-    if (p.dt_bias != nullptr)
-      dt_bias = load_number(p.dt_bias, static_cast<int64_t>(head) * p.K + channel, p.parameter_dtype);
-    if (p.A_log != nullptr) A_log = load_number(p.A_log, head, p.parameter_dtype);
-  }
-
-  template <class Element>
-  __device__ __forceinline__ float get(const RecurrentParams& p) const {
-    const float x = g.as<Element>(p.g_dtype), bias = p.dt_bias == nullptr ? 0.0f : dt_bias.as(p.parameter_dtype);
-    const float rate = p.A_log == nullptr ? 1.0f : expf(A_log.as(p.parameter_dtype));
-    return expm1f(log_decay(p, x, rate, bias));  // e^g - 1
-  }
-};
-
-// The factors of a token, and its β, with one warp, whose lanes have neighbours of q and k.
+// The factors of a token, and its β, with one warp.
 template <class Element, int K>
-__device__ __forceinline__ void sum_up(const RecurrentParams& p, const Neighbours<Element, K / 32>& q,
-                                       const Neighbours<Element, K / 32>& k, float beta, Token<K>& token) {
+__device__ __forceinline__ void sum_up(const RecurrentParams& p, const Element* q, const Element* k, float beta,
+                                       Token<K>& token) {
+  const int lane = threadIdx.x & 31;
   float qs[K / 32], ks[K / 32], qq = 0.0f, kk = 0.0f, kq = 0.0f;
-  q.get(qs), k.get(ks);
+  load_neighbours<Element>(q, lane * (K / 32), qs);
+  load_neighbours<Element>(k, lane * (K / 32), ks);
 #pragma unroll
   for (int i = 0; i < K / 32; ++i) {
     qq = fmaf(qs[i], qs[i], qq);
@@ -142,7 +134,7 @@ __device__ __forceinline__ void sum_up(const RecurrentParams& p, const Neighbour
     key_factor = rsqrtf(warp_sum(kk) + 1e-6f);
     query_factor *= rsqrtf(warp_sum(qq) + 1e-6f);
   }
-  if ((threadIdx.x & 31) == 0) {
+  if (lane == 0) {
     token.key_factor = key_factor, token.query_factor = query_factor;
     token.key_query = kq * key_factor * query_factor;
     token.beta = beta_of(p, beta);
@@ -174,7 +166,7 @@ __device__ __forceinline__ Integer load_row(const RecurrentParams& p, int n) {
   return p.state_indices == nullptr ? Integer{n, 0} : load_integer(p.state_indices, p.state_indices_is_int64, n);
 }
 
-// What it may be, for a hint: -1 for none.
+// What it may be, as long as the kernel must not know: -1 for none.
 __device__ __forceinline__ int row_for_hint(const RecurrentParams& p, int n) {
   if (p.initial_state == nullptr) return -1;
   if (p.state_indices == nullptr) return n;
@@ -186,10 +178,11 @@ __device__ __forceinline__ int row_for_hint(const RecurrentParams& p, int n) {
 template <int K, bool kValuesFirst, class State>
 class Slice {
  public:
-  // Bytes in shared memory where the state is while registers are needed for other things: as it lies in memory, or in fp32.
-  static constexpr int kPlaceBytes = K * kSliceWidth * 4;
-  // Floats there that the warps of a slice share.
+  // Floats in shared memory that the warps of a slice share.
   static constexpr int kExchange = kValuesFirst ? 0 : 2 * 4 * 2 * kSliceWidth;
+  // Bytes in shared memory for the state before it is taken into registers.
+  static constexpr int kPlaceBytes = K * kSliceWidth * static_cast<int>(sizeof(State));
+
   // `exchange` is this slice's own.
   __device__ __forceinline__ Slice(float* exchange, int V)
       : exchange_(exchange), V_(V), warp_(this_warp() % 4), lane_(threadIdx.x & 31) {}
@@ -209,19 +202,15 @@ class Slice {
   }
 
   __device__ __forceinline__ void take(const char* place) {
-    wait_for_copies();
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) load_neighbours<State>(place + own_bytes(i), 0, s_[i]);
   }
 
-  // To `place` for a while, and back.
-  __device__ __forceinline__ void put(char* place) const {
+  // Before the copy may begin.
+  __device__ __forceinline__ void hint_at(const void* states, int64_t matrix, int first) const {
+    const State* const from = static_cast<const State*>(states) + matrix * K * V_;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) store_neighbours<float>(place, own_bytes(i) / kVectorBytes * 4, s_[i]);
-  }
-  __device__ __forceinline__ void take_back(const char* place) {
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) load_neighbours<float>(place, own_bytes(i) / kVectorBytes * 4, s_[i]);
+    for (int i = 0; i < kSteps; ++i) hint(from + offset(i, first));
   }
 
   __device__ __forceinline__ void store(void* states, int64_t matrix, int first) const {
@@ -364,16 +353,5 @@ class Slice {
   const int V_, warp_, lane_;
   float s_[kSteps][4];
 };
-
-// Brings value channels [first, first + count) of a state into L2, with the first threads.
-template <int K, bool kValuesFirst, class State>
-__device__ __forceinline__ void hint_at_state(const RecurrentParams& p, int row, int head, int first, int count) {
-  constexpr int kState = sizeof(State);
-  const int rows = kValuesFirst ? count : K, width = kValuesFirst ? K : count, pitch = kValuesFirst ? K : p.V;
-  const char* const matrix =
-      static_cast<const char*>(p.initial_state) + (static_cast<int64_t>(row) * p.HV + head) * K * p.V * kState;
-  const int at = kValuesFirst ? first * K : first;
-  for (int i = threadIdx.x; i < rows; i += blockDim.x) hint(matrix + (i * pitch + at) * kState, width * kState);
-}
 
 }  // namespace kda
