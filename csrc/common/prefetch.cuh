@@ -16,23 +16,16 @@ __device__ __forceinline__ int load_for_hint(const int* address) {
   return word;
 }
 
-// Copies bytes from global to shared memory, for this thread, without registers: after `wait_for_copies` it has them.
-template <int kBytes>
+// Copies 16 bytes from global to shared memory, without registers. All threads that read them wait for their own copies, and
+// then for each other.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-  } else {
-    static_assert(kBytes == 4 || kBytes == 8);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes) : "memory");
-  }
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
 
-// Copies `bytes`, a multiple of 16 at such addresses: this thread and others share that, `thread` of `threads`. All threads that
-// read any of it wait for their copies, and then for each other.
-__device__ __forceinline__ void copy_async_shared(char* to, const void* from, int bytes, int thread, int threads) {
-  for (int at = 16 * thread; at < bytes; at += 16 * threads)
-    copy_async<16>(to + at, static_cast<const char*>(from) + at);
+// Copies `bytes`, a multiple of 16 at such addresses, with several threads, of which this is number `thread`.
+__device__ __forceinline__ void copy_async(char* to, const void* from, int bytes, int thread, int threads) {
+  for (int at = 16 * thread; at < bytes; at += 16 * threads) copy_async(to + at, static_cast<const char*>(from) + at);
 }
 
 // Ends a group of copies, which may be empty.

@@ -36,7 +36,7 @@ struct alignas(16) StepPlace {
 
 template <class Element, int K, int V, bool kValuesFirst, class State>
 struct StepSmem {
-  using OwnSlice = Slice<K, kValuesFirst, State>;
+  using OwnSlice = Slice<K, V / kSliceWidth, kValuesFirst, State>;
   StepPlace<Element, K, V, State> places[2];  // of this item and the next one
   Token<K> token;
   float values[V], outputs[V], norm_weight[V];
@@ -145,11 +145,11 @@ template <class Element, int K, int V, bool kValuesFirst, class State>
 __global__ void __launch_bounds__(kStepThreads<V>, kStepCtas<V>)
     decode_step(const __grid_constant__ DecodeStepParams p) {
   constexpr int kThreads = kStepThreads<V>, kWarps = kThreads / 32, kSources = (kStepKinds + kWarps - 1) / kWarps;
-  using OwnSlice = Slice<K, kValuesFirst, State>;
+  using OwnSlice = Slice<K, V / kSliceWidth, kValuesFirst, State>;
   extern __shared__ __align__(16) char smem_bytes[];
   auto& smem = *reinterpret_cast<StepSmem<Element, K, V, kValuesFirst, State>*>(smem_bytes);
   const int slice = this_warp() / 4, warp = this_warp(), lane = threadIdx.x & 31, first = slice * kSliceWidth;
-  OwnSlice state(smem.exchange + slice * OwnSlice::kExchange, V);
+  OwnSlice state(smem.exchange + slice * OwnSlice::kExchange, V, slice);
 
   int index = blockIdx.x;  // of heads of q and k
   const int group = p.HV / p.H, step_n = gridDim.x / p.H, step_head = gridDim.x % p.H;
@@ -179,13 +179,12 @@ __global__ void __launch_bounds__(kStepThreads<V>, kStepCtas<V>)
 #pragma unroll
       for (const StepSource& source : sources)
         if (it.member == 0 || !source.of_keys)
-          copy_async_shared(to + source.to, source.at(it, it.row.low), source.bytes, lane, 32);
+          copy_async(to + source.to, source.at(it, it.row.low), source.bytes, lane, 32);
       next_beta = load_number(p.beta, it.n * p.beta_strides[0] + it.head * p.beta_strides[2], p.beta_dtype);
       if (p.A_log != nullptr) next_A_log = load_number(p.A_log, it.head, p.parameter_dtype);
     }
     commit_copies();
-    if (has_row)
-      state.copy(p.initial_state, it.matrix(p), first, smem.places[place].state + slice * OwnSlice::kPlaceBytes);
+    if (has_row) state.copy(p.initial_state, it.matrix(p), 0, smem.places[place].state);
     commit_copies();
   };
 
@@ -194,7 +193,7 @@ __global__ void __launch_bounds__(kStepThreads<V>, kStepCtas<V>)
 #pragma unroll
     for (const StepSource& source : sources)
       for (int at = 128 * lane; at < source.bytes; at += 128 * 32) hint(source.at(item, row) + at);
-    state.hint_at(p.initial_state, static_cast<int64_t>(row) * p.HV + item.head, first);
+    state.hint_at(p.initial_state, static_cast<int64_t>(row) * p.HV + item.head, 0);
   }
   wait_for_previous_kernel();
 
@@ -242,8 +241,8 @@ __global__ void __launch_bounds__(kStepThreads<V>, kStepCtas<V>)
       __syncthreads();
       if (warp == 0) sum_up(p, smem.token.query, smem.token.key, beta.as(p.beta_dtype), smem.token);
       wait_for_copies<2>();
-      state.take(place.state + slice * OwnSlice::kPlaceBytes);
       __syncthreads();
+      state.take(place.state);
       state.step(smem.token, smem.values + first, 0,
                  [&](int channel, float o) { smem.outputs[first + channel] = rounded<Element>(o); });
       __syncthreads();
@@ -257,7 +256,7 @@ __global__ void __launch_bounds__(kStepThreads<V>, kStepCtas<V>)
         store_value<Element>(p.out, out + threadIdx.x,
                              smem.outputs[threadIdx.x] * scale * smem.norm_weight[threadIdx.x] * gate);
       }
-      state.store(p.final_state, item.matrix(p), first);
+      state.store(p.final_state, item.matrix(p), 0);
     } else {
       for (int i = threadIdx.x; i < V; i += kThreads) store_value<Element>(p.out, out + i, 0.0f);
     }

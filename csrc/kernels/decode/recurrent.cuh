@@ -29,11 +29,11 @@ struct alignas(16) TokenRows {
 // Shared memory for so many tokens at a time.
 template <class Element, int K, int kSlices, bool kValuesFirst, class State>
 struct RecurrentSmem {
-  using OwnSlice = Slice<K, kValuesFirst, State>;
+  using OwnSlice = Slice<K, kSlices, kValuesFirst, State>;
   using Rows = TokenRows<Element, K, kSlices>;
   float exchange[kSlices][OwnSlice::kExchange + 4];
-  char states[2][kSlices][OwnSlice::kPlaceBytes];  // of this item and the next one
-  float dt_bias[2][K];                             // or narrower
+  char states[2][OwnSlice::kPlaceBytes];  // of this item and the next one
+  float dt_bias[2][K];                    // or narrower
   // Behind it Rows [2][tokens], Token [tokens], values [tokens][32 kSlices].
   static __host__ __device__ constexpr int rows(int tokens, int place) {
     return sizeof(RecurrentSmem) + place * tokens * static_cast<int>(sizeof(Rows));
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kSlices* kSliceThreads, kRecurrentCtas<kSlices
   };
   const int warp = this_warp(), lane = threadIdx.x & 31, slice = warp / 4;
   const int parts = p.V / kChannels;
-  Slice<K, kValuesFirst, State> state(smem.exchange[slice], p.V);
+  typename Smem::OwnSlice state(smem.exchange[slice], p.V, slice);
 
   // This CTA's items have the same channels, since the grid has as many CTAs for each part of them.
   const int index = blockIdx.x;
@@ -143,8 +143,8 @@ __global__ void __launch_bounds__(kSlices* kSliceThreads, kRecurrentCtas<kSlices
     const int count = min(end - token, p.tokens_at_a_time);
 #pragma unroll 1
     for (int i = slice; i < count; i += kSlices)
-      copy_async_shared(reinterpret_cast<char*>(rows_of(place) + i) + source.to, row_at(it, token + i), source.bytes,
-                        lane, 32);
+      copy_async(reinterpret_cast<char*>(rows_of(place) + i) + source.to, row_at(it, token + i), source.bytes, lane,
+                 32);
   };
   const auto load_beta = [&](const RecurrentItem& it, int token) {
     return load_number(p.beta,
@@ -161,26 +161,30 @@ __global__ void __launch_bounds__(kSlices* kSliceThreads, kRecurrentCtas<kSlices
       copy_rows(it, start, end, place);
       if (warp == kWarps - 1 && p.dt_bias != nullptr) {
         const int bytes = K * size_of(p.parameter_dtype);
-        copy_async_shared(reinterpret_cast<char*>(smem.dt_bias[place]),
-                          static_cast<const char*>(p.dt_bias) + static_cast<int64_t>(it.head) * bytes, bytes, lane, 32);
+        copy_async(reinterpret_cast<char*>(smem.dt_bias[place]),
+                   static_cast<const char*>(p.dt_bias) + static_cast<int64_t>(it.head) * bytes, bytes, lane, 32);
       }
       if (lane < min(end - start, p.tokens_at_a_time)) next_beta = load_beta(it, start + lane);
       if (p.A_log != nullptr) next_A_log = load_number(p.A_log, it.head, p.parameter_dtype);
     }
     commit_copies();
     if (has_row && p.initial_state != nullptr)
-      state.copy(p.initial_state, it.matrix(p), first, smem.states[place][slice]);
+      state.copy(p.initial_state, it.matrix(p), first_of_all, smem.states[place]);
     commit_copies();
   };
   // Makes what is needed of tokens whose rows are there.
   const auto make_tokens = [&](int count, int place) {
     const Rows* const rows = rows_of(place);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < count * K; i += kThreads) {
-      const int token = i / K, channel = i % K;
-      tokens[token].decay[channel] = decay_of<Element>(p, rows[token].g, smem.dt_bias[place], channel, A_log);
-      tokens[token].key[channel] = load_float<Element>(rows[token].k, channel);
-      tokens[token].query[channel] = load_float<Element>(rows[token].q, channel);
+    // Of one token, half of four warps have two channels a thread, so that the last one need not have channels and sums.
+    const int channel_threads = kSlices == 1 && count == 1 ? kThreads / 2 : kThreads;
+    if (threadIdx.x < channel_threads) {
+#pragma unroll(kSlices == 1 ? 2 : 1)
+      for (int i = threadIdx.x; i < count * K; i += channel_threads) {
+        const int token = i / K, channel = i % K;
+        tokens[token].decay[channel] = decay_of<Element>(p, rows[token].g, smem.dt_bias[place], channel, A_log);
+        tokens[token].key[channel] = load_float<Element>(rows[token].k, channel);
+        tokens[token].query[channel] = load_float<Element>(rows[token].q, channel);
+      }
     }
 #pragma unroll 1
     for (int token = kWarps - 1 - warp; token < count; token += kWarps) {  // the last warps are the first to have sums
@@ -193,7 +197,7 @@ __global__ void __launch_bounds__(kSlices* kSliceThreads, kRecurrentCtas<kSlices
 
   launch_dependents();
   if (const int row = row_for_hint(p, item.n); row >= 0)
-    state.hint_at(p.initial_state, static_cast<int64_t>(row) * p.HV + item.head, first);
+    state.hint_at(p.initial_state, static_cast<int64_t>(row) * p.HV + item.head, first_of_all);
   if (p.cu_seqlens == nullptr && p.T > 0 && 128 * lane < source.bytes) hint(row_at(item, 0) + 128 * lane);
   wait_for_previous_kernel();
 
@@ -225,8 +229,8 @@ __global__ void __launch_bounds__(kSlices* kSliceThreads, kRecurrentCtas<kSlices
     if (item.has_row(p)) {
       make_tokens(min(end - start, p.tokens_at_a_time), place);
       wait_for_copies<2>();
-      p.initial_state == nullptr ? state.set_to_zero() : state.take(smem.states[place][slice]);
       __syncthreads();
+      p.initial_state == nullptr ? state.set_to_zero() : state.take(smem.states[place]);
 #pragma unroll 1
       for (int block = start; block < end; block += p.tokens_at_a_time) {
         const int count = min(end - block, p.tokens_at_a_time);
@@ -246,10 +250,10 @@ __global__ void __launch_bounds__(kSlices* kSliceThreads, kRecurrentCtas<kSlices
             store_value<Element>(p.out, out + (block + i) * p.out_strides[1] + channel, o);
           });
           if (p.states != nullptr)
-            state.store(p.states, (static_cast<int64_t>(batch) * p.T + block + i) * p.HV + item.head, first);
+            state.store(p.states, (static_cast<int64_t>(batch) * p.T + block + i) * p.HV + item.head, first_of_all);
         }
       }
-      if (p.final_state != nullptr) state.store(p.final_state, item.matrix(p), first);
+      if (p.final_state != nullptr) state.store(p.final_state, item.matrix(p), first_of_all);
     } else {
       clear_outputs(start, end);
     }

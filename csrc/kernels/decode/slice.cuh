@@ -175,17 +175,18 @@ __device__ __forceinline__ int row_for_hint(const RecurrentParams& p, int n) {
   return row < p.rows ? row : -1;
 }
 
-template <int K, bool kValuesFirst, class State>
+// One of kSlices slices side by side, of a CTA.
+template <int K, int kSlices, bool kValuesFirst, class State>
 class Slice {
  public:
   // Floats in shared memory that the warps of a slice share.
   static constexpr int kExchange = kValuesFirst ? 0 : 2 * 4 * 2 * kSliceWidth;
-  // Bytes in shared memory for the state before it is taken into registers.
-  static constexpr int kPlaceBytes = K * kSliceWidth * static_cast<int>(sizeof(State));
+  // Bytes in shared memory for the states of all slices, before they are taken into registers.
+  static constexpr int kPlaceBytes = K * kSlices * kSliceWidth * static_cast<int>(sizeof(State));
 
   // `exchange` is this slice's own.
-  __device__ __forceinline__ Slice(float* exchange, int V)
-      : exchange_(exchange), V_(V), warp_(this_warp() % 4), lane_(threadIdx.x & 31) {}
+  __device__ __forceinline__ Slice(float* exchange, int V, int slice)
+      : exchange_(exchange), V_(V), slice_(slice), warp_(this_warp() % 4), lane_(threadIdx.x & 31) {}
 
   __device__ __forceinline__ void set_to_zero() {
 #pragma unroll
@@ -194,29 +195,28 @@ class Slice {
       for (int j = 0; j < 4; ++j) s_[i][j] = 0.0f;
   }
 
-  // Begins to copy value channels from `first` on to `place`, of which each thread reads what it has copied itself.
+  // Begins to copy the states of all slices, value channels from `first` on, to `place`. Neighbours in memory have
+  // neighbours' copies: DRAM gives more of rows of 256 bytes than of twice 128.
   __device__ __forceinline__ void copy(const void* states, int64_t matrix, int first, char* place) const {
-    const State* const from = static_cast<const State*>(states) + matrix * K * V_;
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) copy_async<kVectorBytes>(place + own_bytes(i), from + offset(i, first));
+    for_chunks(states, matrix, first, [&](int at, const char* from) { copy_async(place + at, from); });
   }
 
+  // After the copies of all threads.
   __device__ __forceinline__ void take(const char* place) {
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) load_neighbours<State>(place + own_bytes(i), 0, s_[i]);
+    for (int i = 0; i < kSteps; ++i)
+      load_neighbours<State>(place, offset(i, slice_ * kSliceWidth, kSlices * kSliceWidth), s_[i]);
   }
 
   // Before the copy may begin.
   __device__ __forceinline__ void hint_at(const void* states, int64_t matrix, int first) const {
-    const State* const from = static_cast<const State*>(states) + matrix * K * V_;
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) hint(from + offset(i, first));
+    for_chunks(states, matrix, first, [](int, const char* from) { hint(from); });
   }
 
   __device__ __forceinline__ void store(void* states, int64_t matrix, int first) const {
     State* const to = static_cast<State*>(states) + matrix * K * V_;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) store_neighbours<State>(to, offset(i, first), s_[i]);
+    for (int i = 0; i < kSteps; ++i) store_neighbours<State>(to, offset(i, first + slice_ * kSliceWidth, V_), s_[i]);
   }
 
   // One token, whose `values` of these channels lie in shared memory. All threads of the CTA come here together. `out` is
@@ -235,17 +235,26 @@ class Slice {
   static constexpr int kLanes = kValuesFirst ? K / 4 : kSliceWidth / 4;  // of a row
   static constexpr int kRows = 32 / kLanes;                              // that a warp has at a time
 
-  static constexpr int kVectorBytes = 4 * static_cast<int>(sizeof(State));
-
-  // Elements from the matrix's first to this thread's four of step i.
-  __device__ __forceinline__ int offset(int i, int first) const {
+  // Elements from a matrix's first to this thread's four of step i. `first`: of the value channels of this slice, of `width`.
+  __device__ __forceinline__ int offset(int i, int first, int width) const {
     const int row = lane_ / kLanes, column = lane_ % kLanes * 4;
     return kValuesFirst ? (first + warp_ * 8 + i * kRows + row) * K + column
-                        : (i * 16 + warp_ * 4 + row) * V_ + first + column;
+                        : (i * 16 + warp_ * 4 + row) * width + first + column;
   }
 
-  __device__ __forceinline__ int own_bytes(int i) const {
-    return (i * kSliceThreads + warp_ * 32 + lane_) * kVectorBytes;
+  // Calls `f` for this thread's share of all slices' states, 16 bytes at a time: with the bytes before them, and where they are.
+  template <class Function>
+  __device__ __forceinline__ void for_chunks(const void* states, int64_t matrix, int first, const Function& f) const {
+    constexpr int kState = sizeof(State), kThreads = kSlices * kSliceThreads;
+    constexpr int kRow = (kValuesFirst ? K : kSlices * kSliceWidth) * kState / 16;  // chunks
+    static_assert(kThreads % kRow == 0 && kPlaceBytes % (16 * kThreads) == 0);
+    const int row = static_cast<int>(threadIdx.x) / kRow, pitch = (kValuesFirst ? K : V_) * kState;
+    const char* from = static_cast<const char*>(states) +
+                       (matrix * K * V_ + (kValuesFirst ? first * K : first)) * kState + row * pitch +
+                       static_cast<int>(threadIdx.x) % kRow * 16;
+#pragma unroll
+    for (int i = 0; i < kPlaceBytes / (16 * kThreads); ++i, from += kThreads / kRow * pitch)
+      f(16 * (i * kThreads + static_cast<int>(threadIdx.x)), from);
   }
 
   // Of a value channel, whose value and sums with k and q these are.
@@ -350,7 +359,7 @@ class Slice {
   }
 
   float* const exchange_;
-  const int V_, warp_, lane_;
+  const int V_, slice_, warp_, lane_;
   float s_[kSteps][4];
 };
 
