@@ -193,6 +193,7 @@ def test_more_sequences_than_a_grid_takes():
         (lambda: packed([30, 0], 2), {}, "recurrent"),
         (lambda: packed([30, 0], 3), {}, "prefill"),
         (lambda: arguments(2, 1), {"return_intermediate_states": True}, "prefill"),
+        (lambda: arguments(2, 17), {"return_token_states": True}, "recurrent"),
         (lambda: arguments(2, 17), {"state_indices": [1, 0]}, "recurrent"),
         (lambda: packed([30, 0], 3), {"state_indices": [1, 0]}, "recurrent"),
     ],
@@ -423,6 +424,20 @@ def test_nothing_is_written_beyond_the_outputs(lengths, v_first, dtype, widths):
         tokens = slice(None) if lengths is None else slice(0, sum(lengths))
         assert not out.tensor[:, sum(lengths or [5]) :].any()
         assert error(states.tensor[:, tokens], exact_states(inputs)[:, tokens]) <= STATE_BOUNDS[state]
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("lengths", [None, [3, 0, 1, 40]], ids=["dense", "packed"])
+def test_states_after_every_token(lengths, state, pool):
+    inputs = arguments(4, 5, state=state) if lengths is None else packed(lengths, 3, state=state)
+    expected, others = exact_states(inputs), {"return_token_states": True}
+    if pool:
+        others["state_indices"] = torch.arange(4, device=DEVICE)
+    o, final_state, states = kernel(inputs | {"initial_state": inputs["initial_state"].clone()}, **others)
+    assert_close(o, final_state, exact(inputs))
+    tokens = slice(None) if lengths is None else slice(0, sum(lengths))
+    assert error(states[:, tokens], expected[:, tokens]) <= STATE_BOUNDS[state]
 
 
 @pytest.mark.parametrize("v_first", [False, True])

@@ -274,6 +274,68 @@ def test_state_pool_of_packed_sequences(device):
     assert torch.equal(pool[[0, 3, 4]], before[[0, 3, 4]])
 
 
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("state_v_first", [False, True])
+@pytest.mark.parametrize("lengths", [None, [2, 0, 3]], ids=["dense", "packed"])
+def test_states_after_every_token(lengths, state_v_first, pool, device):
+    spans = [(b, 0, 4) for b in range(3)]
+    kwargs = arguments(device, B=3, T=4, states=3) if lengths is None else arguments(device, T=6, states=3)
+    if lengths is not None:
+        kwargs["cu_seqlens"] = torch.tensor([0, 2, 2, 5], device=device)
+        spans = [(0, 0, 2), (0, 2, 2), (0, 2, 5)]
+    if state_v_first:
+        kwargs |= {"state_v_first": True, "initial_state": kwargs["initial_state"].mT.contiguous()}
+    before, skipped = kwargs["initial_state"].clone(), []
+    others = {"return_token_states": True, "output_final_state": True}
+    if pool:
+        others["state_indices"], skipped = torch.tensor([2, -1, 0], device=device), [1]
+        kwargs["initial_state"] = before[[2, 1, 0]].contiguous()
+    o, state, states = ops.recurrent_kda(**kwargs, **others)
+    assert states.shape == (*kwargs["q"].shape[:2], *state.shape[1:]) and states.dtype == state.dtype
+    for n, (b, start, end) in enumerate(spans):
+        for t in range(start, end) if n not in skipped else ():
+            prefix = {name: kwargs[name][b : b + 1, start : t + 1] for name in ("q", "k", "v", "g", "beta")}
+            prefix |= {"cu_seqlens": None, "initial_state": before[n : n + 1], "output_final_state": True}
+            expected_o, expected = ops.chunk_kda(**kwargs | prefix)
+            assert_close(o[b, t], expected_o[0, -1])
+            assert_close(states[b, t], expected[0])
+        if n in skipped:
+            assert not o[b, start:end].any()
+    if lengths is not None:
+        assert not o[:, 5:].any()
+    if not pool:
+        expected = ops.recurrent_kda(**kwargs, output_final_state=True)
+        assert_close(o, expected[0])
+        assert_close(state, expected[1])
+
+
+def test_states_after_every_token_are_rounded_once(device):
+    kwargs = arguments(device, B=2, T=5)
+    rounded = cast(kwargs, torch.float32) | {"initial_state": kwargs["initial_state"].bfloat16()}
+    exact = ops.recurrent_kda(**kwargs | {"initial_state": rounded["initial_state"].double()}, return_token_states=True)
+    actual = ops.recurrent_kda(**rounded, return_token_states=True)
+    assert actual[1] is None and actual[2].dtype == torch.bfloat16
+    assert ((actual[2].double() - exact[2]).norm() / exact[2].norm()) < 2.5e-3
+
+
+def test_states_after_every_token_of_none(device):
+    for kwargs in (arguments(device, B=2, T=0), arguments(device, B=0, T=3, states=0)):
+        o, state, states = ops.recurrent_kda(**kwargs, return_token_states=True, output_final_state=True)
+        assert states.shape == (*kwargs["q"].shape[:2], *kwargs["initial_state"].shape[1:])
+        assert torch.equal(state, kwargs["initial_state"]) and o.shape == kwargs["v"].shape
+
+
+def test_states_after_every_token_have_no_gradients(device):
+    kwargs = arguments(device)
+    kwargs["v"].requires_grad_()
+    with pytest.raises(ValueError, match="`return_token_states` has no gradients"):
+        ops.recurrent_kda(**kwargs, return_token_states=True)
+    with torch.no_grad():
+        assert len(ops.recurrent_kda(**kwargs, return_token_states=True)) == 3
+    with pytest.raises(ValueError, match="`return_token_states` and `return_intermediate_states`"):
+        ops.recurrent_kda(**kwargs, return_token_states=True, return_intermediate_states=True)
+
+
 def weighted(outputs):
     """A scalar that depends on every entry of the outputs differently."""
     return sum(
@@ -349,7 +411,9 @@ def test_opcheck(packed, T, device):
     bounds = torch.tensor([0, 0, T, T], device=device) if packed else None
     state_indices = torch.arange(3 if packed else 2, device=device)
     common = raw_arguments(kwargs, cu_seqlens=bounds)
-    torch.library.opcheck(torch.ops.kda_hf.recurrent_kda_pool.default, (*common, state_indices))
+    for output_states in (False, True):
+        torch.library.opcheck(torch.ops.kda_hf.recurrent_kda_pool.default, (*common, state_indices, output_states))
+        torch.library.opcheck(torch.ops.kda_hf.recurrent_kda.default, (*common, True, output_states))
     out, final_state = torch.empty_like(kwargs["v"]), kwargs["initial_state"].mT.contiguous()
     inputs = [kwargs[name] for name in ("q", "k", "v", "g", "beta")]
     torch.library.opcheck(
@@ -364,7 +428,7 @@ def test_opcheck(packed, T, device):
             kwargs["initial_state"] = kwargs["initial_state"].detach().mT.contiguous().requires_grad_()
         common = raw_arguments(kwargs, state_v_first, bounds)
         torch.library.opcheck(torch.ops.kda_hf.chunk_kda.default, (*common, True, state_v_first))
-        torch.library.opcheck(torch.ops.kda_hf.recurrent_kda.default, (*common, not state_v_first))
+        torch.library.opcheck(torch.ops.kda_hf.recurrent_kda.default, (*common, not state_v_first, False))
     o, state, states = torch.ops.kda_hf.chunk_kda(*common, True, True)
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in common]
     torch.library.opcheck(

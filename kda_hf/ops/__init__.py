@@ -201,6 +201,7 @@ def recurrent_kda(
     state_v_first: bool = False,
     transpose_state_layout: bool | None = None,
     return_intermediate_states: bool = False,
+    return_token_states: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_cpu: torch.Tensor | None = None,
     state_indices: torch.Tensor | None = None,
@@ -214,10 +215,15 @@ def recurrent_kda(
         state_indices: [N] int32 or int64. `initial_state` is then a pool [P, HV, K, V] ([V, K] with `state_v_first`):
             sequence n starts from row `state_indices[n]` and leaves its final state there, in place. A negative index
             skips the sequence: its output is zeros and the pool is untouched. The rows must differ. Not differentiable.
+        return_token_states: return also the states after every token, [B, T, HV, K, V] in the dtype of the final state;
+            they mean nothing for tokens of no sequence, or of one that is skipped. Not differentiable, and not together
+            with `return_intermediate_states`.
 
     Returns:
         as :func:`chunk_kda`; with `state_indices` the final state is the pool.
     """
+    if return_token_states and return_intermediate_states:
+        raise ValueError("`return_token_states` and `return_intermediate_states` ask for different third results")
     inputs = KDAInputs(
         q,
         k,
@@ -244,9 +250,10 @@ def recurrent_kda(
         safe_gate=safe_gate,
         output_final_state=output_final_state,
         intermediate_states=return_intermediate_states,
+        token_states=return_token_states,
         backend=backend,
     )
-    return (o, final_state, states) if return_intermediate_states else (o, final_state)
+    return (o, final_state, states) if return_intermediate_states or return_token_states else (o, final_state)
 
 
 fused_recurrent_kda = recurrent_kda
@@ -261,10 +268,11 @@ def _kda(
     safe_gate: bool,
     output_final_state: bool,
     intermediate_states: bool,
+    token_states: bool = False,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     requires_grad = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in inputs.tensors)
-    wanted = (output_final_state, intermediate_states)
+    wanted = (output_final_state, intermediate_states, token_states)
     if (
         cuda.serves_again(op, inputs.q)
         and backend in (None, "auto", "cuda")
@@ -274,7 +282,7 @@ def _kda(
     ):
         results = _by_extension(op, inputs, wanted, state_indices)
         if not isinstance(results, str):
-            return _without_spare_chunks(*results, inputs)
+            return results if token_states else _without_spare_chunks(*results, inputs)
     checks.kda(inputs, state_indices, cu_seqlens_cpu, safe_gate)
     q, v, initial_state = inputs.q, inputs.v, inputs.initial_state
     if state_indices is not None and (requires_grad or intermediate_states):
@@ -282,6 +290,8 @@ def _kda(
         raise ValueError(
             f"`state_indices` updates the states in place, which has no {lacking}; got a call that wants them"
         )
+    if token_states and requires_grad:
+        raise ValueError("`return_token_states` has no gradients; got a call that wants them: use torch.no_grad()")
     call = backends.Call(
         op,
         q.device,
@@ -294,6 +304,7 @@ def _kda(
         sequences=1 if inputs.cu_seqlens is None else inputs.sequences,
         packed=inputs.cu_seqlens is not None,
         intermediate_states=intermediate_states,
+        token_states=token_states,
         state_pool=state_indices is not None,
         mixed_dtypes=inputs.has_mixed_dtypes,
     )
@@ -302,28 +313,28 @@ def _kda(
         results = _by_extension(op, inputs, wanted, state_indices)
         if not isinstance(results, str):
             cuda.note_served(op, q)
-            return _without_spare_chunks(*results, inputs, cu_seqlens_cpu)
+            return results if token_states else _without_spare_chunks(*results, inputs, cu_seqlens_cpu)
         chosen = backends.select(call._replace(extension_refusal=results), backend)
     if chosen == "fla":
         o, final_state = fla.kda(op, inputs, cu_seqlens_cpu, safe_gate, output_final_state, requires_grad)
         return o, final_state, None
     if state_indices is not None:
-        o = torch.ops.kda_hf.recurrent_kda_pool(*inputs, state_indices)
-        return o, initial_state if output_final_state else None, None
+        o, states = torch.ops.kda_hf.recurrent_kda_pool(*inputs, state_indices, token_states)
+        return o, initial_state if output_final_state else None, states if token_states else None
     if op == "recurrent_kda" and not intermediate_states:
-        o, final_state = torch.ops.kda_hf.recurrent_kda(*inputs, output_final_state)
-        return o, final_state if output_final_state else None, None
-    o, final_state, states = torch.ops.kda_hf.chunk_kda(*inputs, *wanted)
+        o, final_state, states = torch.ops.kda_hf.recurrent_kda(*inputs, output_final_state, token_states)
+        return o, final_state if output_final_state else None, states if token_states else None
+    o, final_state, states = torch.ops.kda_hf.chunk_kda(*inputs, output_final_state, intermediate_states)
     final_state, states = final_state if output_final_state else None, states if intermediate_states else None
     return _without_spare_chunks(o, final_state, states, inputs, cu_seqlens_cpu)
 
 
 def _by_extension(
-    op: str, inputs: KDAInputs, wanted: tuple[bool, bool], state_indices: torch.Tensor | None
+    op: str, inputs: KDAInputs, wanted: tuple[bool, bool, bool], state_indices: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | str:
     if op == "recurrent_kda":
         return cuda.recurrent_kda(inputs, *wanted, state_indices)
-    return cuda.chunk_kda(inputs, *wanted)
+    return cuda.chunk_kda(inputs, *wanted[:2])
 
 
 def _without_spare_chunks(

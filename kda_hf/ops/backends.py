@@ -35,6 +35,7 @@ class Call(NamedTuple):
     sequences: int = 1  # that `tokens` are of: packed ones, or one of a batch
     packed: bool = False
     intermediate_states: bool = False
+    token_states: bool = False
     state_pool: bool = False
     mixed_dtypes: bool = False  # k or v differ from q, or g or β from q and float32
     extension_refusal: str | None = None  # what the CUDA extension said of these very arguments
@@ -71,6 +72,8 @@ def _refused_by_fla(call: Call) -> str | None:
         return "there are no tokens"
     if call.intermediate_states:
         return "FLA returns intermediate states rounded to the inputs' dtype"
+    if call.token_states:
+        return "FLA returns no states after every token"
     if call.state_pool:
         return "FLA has no state_indices"
     if torch.compiler.is_compiling():

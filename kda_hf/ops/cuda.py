@@ -86,9 +86,9 @@ def _refused_by_kernel(kernel: str, K: int, V: int, dtype: torch.dtype, state_dt
     return _refusals[kernel](K, V, dtype, state_dtype) or None
 
 
-def _goes_by_token(tokens: int, sequences: int, intermediate_states: bool, state_pool: bool) -> bool:
-    """Whether `recurrent_kda` has the kernel that goes token by token: for few tokens, and for states in a pool."""
-    return state_pool or (not intermediate_states and tokens <= RECURRENT_TOKENS * sequences)
+def _goes_by_token(tokens: int, sequences: int, intermediate_states: bool, has_to: bool) -> bool:
+    """Whether `recurrent_kda` has the kernel that goes token by token: for few tokens, and where only that one can."""
+    return has_to or (not intermediate_states and tokens <= RECURRENT_TOKENS * sequences)
 
 
 def refusal(call: "Call") -> str | None:
@@ -112,7 +112,7 @@ def refusal(call: "Call") -> str | None:
     # By comparison, since torch.compile may trace a head dimension as a symbol: it becomes a number here.
     K, V = (next(known for known in WIDTHS if known == width) for width in (call.K, call.V))
     goes_by_token = call.op == "recurrent_kda" and _goes_by_token(
-        call.tokens, call.sequences, call.intermediate_states, call.state_pool
+        call.tokens, call.sequences, call.intermediate_states, call.state_pool or call.token_states
     )
     kernel = "recurrent" if goes_by_token or call.op == "kda_decode_step" else "prefill"
     reason = _refused_by_kernel(kernel, K, V, call.dtype, call.state_dtype or torch.float32)
@@ -187,30 +187,36 @@ def chunk_kda(
 
 
 def recurrent_kda(
-    x: KDAInputs, output_final_state: bool, output_states: bool, state_indices: torch.Tensor | None
+    x: KDAInputs,
+    output_final_state: bool,
+    output_states: bool,
+    token_states: bool,
+    state_indices: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | str:
-    """As `chunk_kda`; with `state_indices` the initial state is a pool, updated in place, and the final state."""
+    """As `chunk_kda`; with `state_indices` the initial state is a pool, updated in place, and the final state. With
+    `token_states` the third result is the states after every token."""
     if output_states and state_indices is not None:
         return "there are no intermediate states of a pool"
     try:
-        (_, tokens, _, K), (_, _, heads, V) = x.q.shape, x.v.shape
+        (batch, tokens, _, K), (_, _, heads, V) = x.q.shape, x.v.shape
         sequences, dtype = 1 if x.cu_seqlens is None else x.sequences, x.state_dtype
     except (AttributeError, IndexError, ValueError):  # not tensors of these ranks: the checks will say so
         return "the arguments are not what recurrent_kda takes"
-    if not _goes_by_token(tokens, sequences, output_states, state_indices is not None):
+    if not _goes_by_token(tokens, sequences, output_states, state_indices is not None or token_states):
         return chunk_kda(x, output_final_state, output_states)
     o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
+    matrix = (V, K) if x.state_v_first else (K, V)
+    states = x.q.new_empty((batch, tokens, heads, *matrix), dtype=dtype) if token_states else None
     initial_state, final_state = None, x.initial_state  # a pool is one argument of the extension, which writes it
     if state_indices is None:
         initial_state = x.initial_state
-        matrix = (V, K) if x.state_v_first else (K, V)
         final_state = x.q.new_empty((x.sequences, heads, *matrix), dtype=dtype) if output_final_state else None
     # fmt: off
     reason = _call(x.q, x.k, x.v, x.g, x.beta, x.scale, o, x.A_log, x.dt_bias, x.lower_bound, initial_state,
-                   final_state, None, x.cu_seqlens, state_indices, x.use_gate, x.use_qk_norm, x.use_beta_sigmoid,
+                   final_state, states, x.cu_seqlens, state_indices, x.use_gate, x.use_qk_norm, x.use_beta_sigmoid,
                    x.allow_neg_eigval, x.state_v_first, kernel="recurrent")
     # fmt: on
-    return (o, final_state if output_final_state else None, None) if reason is None else reason
+    return (o, final_state if output_final_state else None, states) if reason is None else reason
 
 
 def decode_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any) -> torch.Tensor | str:

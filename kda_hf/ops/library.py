@@ -104,16 +104,44 @@ def _chunk_forward(x: KDAInputs, output_states: bool = False) -> tuple[torch.Ten
     return o.to(x.v.dtype), final_state, final_state.new_empty(0) if states is None else _stored(states, x)
 
 
-def _recurrent_forward(x: KDAInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    if x.cu_seqlens is not None or x.q.shape[1] == 0:
+def _recurrent_forward(x: KDAInputs, output_states: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """o, final state, and the states after the tokens, which are empty unless wanted."""
+    tokens = x.q.shape[1]
+    if (x.cu_seqlens is not None and not output_states) or tokens == 0:
         # Without reading `cu_seqlens` there is no telling how long a sequence is; the chunk map needs not know.
-        return _chunk_forward(x)[:2]
+        o, final_state, nothing = _chunk_forward(x)
+        return o, final_state, _fake_state(x, x.q.shape[0], 0) if output_states else nothing
     activated = x.activated()
     state = x.key_first_state(activated[0].dtype)
     if state is None:
-        state = activated[1].new_zeros(x.v.shape[0], x.v.shape[2], x.k.shape[3], x.v.shape[3])
-    o, final_state = recurrent.recurrent_kda(*activated, state)
-    return o.to(x.v.dtype), _stored(final_state, x)
+        state = activated[1].new_zeros(x.sequences, x.v.shape[2], x.k.shape[3], x.v.shape[3])
+    if not output_states:
+        o, final_state = recurrent.recurrent_kda(*activated, state)
+        final_state = _stored(final_state, x)
+        return o.to(x.v.dtype), final_state, final_state.new_empty(0)
+    outputs, states = [], []
+    sequence = None if x.cu_seqlens is None else _sequence_of_tokens(x.cu_seqlens, tokens)
+    for token in range(tokens):
+        q, k, v, g, beta = (y[:, token : token + 1] for y in activated)
+        if sequence is None:
+            o, after = recurrent.recurrent_kda(q, k, v, g, beta, state)
+            state = after
+        else:
+            own = sequence[token : token + 1]
+            n, exists = own.clamp(max=x.sequences - 1), own < x.sequences
+            before = state.index_select(0, n)
+            o, after = recurrent.recurrent_kda(q, k, v, g, beta, before)
+            o = o.masked_fill(~exists, 0)
+            state = state.index_copy(0, n, torch.where(exists[:, None, None, None], after, before))
+        outputs.append(o)
+        states.append(after)
+    return torch.cat(outputs, 1).to(x.v.dtype), _stored(state, x), _stored(torch.stack(states, 1), x)
+
+
+def _sequence_of_tokens(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The packed sequence that each token is of, and N for a token of none."""
+    token = torch.arange(tokens, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].to(token.dtype), token, right=True)
 
 
 def _fake_state(x: KDAInputs, *leading: int) -> torch.Tensor:
@@ -146,21 +174,24 @@ def _(*args: Any) -> Tensors:
 
 
 @define(
-    f"recurrent_kda({SCHEMA.format(state='Tensor? initial_state')}, bool output_final_state) "
-    "-> (Tensor o, Tensor final_state)"
+    f"recurrent_kda({SCHEMA.format(state='Tensor? initial_state')}, bool output_final_state, bool output_states) "
+    "-> (Tensor o, Tensor final_state, Tensor states)"
 )
 def recurrent_kda(*args: Any) -> Tensors:
-    *inputs, output_final_state = args
-    o, final_state = _recurrent_forward(KDAInputs(*inputs))
-    return o.contiguous(), final_state if output_final_state else final_state.new_empty(0)
+    *inputs, output_final_state, output_states = args
+    o, final_state, states = _recurrent_forward(KDAInputs(*inputs), output_states)
+    return o.contiguous(), final_state if output_final_state else final_state.new_empty(0), states
 
 
 @register_fake("recurrent_kda")
 def _(*args: Any) -> Tensors:
-    *inputs, output_final_state = args
+    *inputs, output_final_state, output_states = args
     x = KDAInputs(*inputs)
-    final_state = _fake_state(x, x.sequences) if output_final_state else x.v.new_empty(0, dtype=x.state_dtype)
-    return x.v.new_empty(x.v.shape), final_state
+    return (
+        x.v.new_empty(x.v.shape),
+        _fake_state(x, x.sequences) if output_final_state else x.v.new_empty(0, dtype=x.state_dtype),
+        _fake_state(x, *x.q.shape[:2]) if output_states else x.v.new_empty(0, dtype=x.state_dtype),
+    )
 
 
 def _pool_rows(state_indices: torch.Tensor, size: int) -> Tensors:
@@ -176,29 +207,34 @@ def _pool_rows(state_indices: torch.Tensor, size: int) -> Tensors:
     return indices[row].clamp(0, size - 1), row, used
 
 
-@define(f"recurrent_kda_pool({SCHEMA.format(state='Tensor(a!) state_pool')}, Tensor state_indices) -> Tensor o")
-def recurrent_kda_pool(*args: Any) -> torch.Tensor:
-    *inputs, state_indices = args
+@define(
+    f"recurrent_kda_pool({SCHEMA.format(state='Tensor(a!) state_pool')}, Tensor state_indices, bool output_states) "
+    "-> (Tensor o, Tensor states)"
+)
+def recurrent_kda_pool(*args: Any) -> Tensors:
+    *inputs, state_indices, output_states = args
     x = KDAInputs(*inputs)
     state_pool = x.initial_state
     if state_pool is None or len(state_indices) == 0 or len(state_pool) == 0:
-        return torch.zeros_like(x.v, memory_format=torch.contiguous_format)
+        o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
+        return o, _fake_state(x, *x.q.shape[:2]) if output_states else o.new_empty(0, dtype=x.state_dtype)
     indices, row, used = _pool_rows(state_indices, len(state_pool))
     before = state_pool.index_select(0, indices)
-    o, after = _recurrent_forward(x._replace(initial_state=before))
+    o, after, states = _recurrent_forward(x._replace(initial_state=before), output_states)
     state_pool.index_copy_(0, indices, torch.where(used[row, None, None, None], after[row], before))
     if x.cu_seqlens is None:
         is_used = used[:, None]
     else:
-        token = torch.arange(x.q.shape[1], device=x.q.device)
-        sequence = torch.searchsorted(x.cu_seqlens[1:].to(token.dtype), token, right=True)
-        is_used = used[sequence.clamp(max=len(used) - 1)][None]
-    return o.masked_fill(~is_used[..., None, None], 0).contiguous()
+        is_used = used[_sequence_of_tokens(x.cu_seqlens, x.q.shape[1]).clamp(max=len(used) - 1)][None]
+    return o.masked_fill(~is_used[..., None, None], 0).contiguous(), states
 
 
 @register_fake("recurrent_kda_pool")
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> torch.Tensor:
-    return v.new_empty(v.shape)
+def _(*args: Any) -> Tensors:
+    *inputs, _, output_states = args
+    x = KDAInputs(*inputs)
+    states = _fake_state(x, *x.q.shape[:2]) if output_states else x.v.new_empty(0, dtype=x.state_dtype)
+    return x.v.new_empty(x.v.shape), states
 
 
 @define(
@@ -244,7 +280,7 @@ def kda_decode_step(
     )
     activations = (state_v_first, scale, lower_bound, True, True, True, allow_neg_eigval)
     x = KDAInputs(mixed_q, mixed_k, mixed_v, g, beta, state_before, A_log, dt_bias, None, *activations)
-    o, state_after = _recurrent_forward(x)
+    o, state_after, _ = _recurrent_forward(x)
     conv_state.index_copy_(0, indices, torch.where(used[row, None, None], conv_after[row], conv_before))
     recurrent_state.index_copy_(0, indices, torch.where(used[row, None, None, None], state_after[row], state_before))
     dtype = reference.compute_dtype(o)
