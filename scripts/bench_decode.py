@@ -63,11 +63,22 @@ FLAGS = {"use_gate_in_kernel": True, "use_qk_l2norm_in_kernel": True, "use_beta_
 
 
 def recurrent(
-    B: int, T: int = 1, dtype: torch.dtype = torch.float32, in_place: bool = False, final: bool = True
+    B: int,
+    T: int = 1,
+    dtype: torch.dtype = torch.float32,
+    in_place: bool = False,
+    initial: bool = True,
+    final: bool = True,
+    skipped: bool = False,
+    v_first: bool = False,
 ) -> Any:
-    x = token(B, T) | FLAGS | {"initial_state": states(B, dtype), "output_final_state": final, "backend": "cuda"}
+    x = token(B, T) | FLAGS | {"output_final_state": final, "state_v_first": v_first, "backend": "cuda"}
+    if initial:
+        x["initial_state"] = states(B, dtype)
     if in_place:
         x["state_indices"] = torch.arange(B, device="cuda", dtype=ROWS)
+    if skipped:
+        x["state_indices"] = torch.full((B,), -1, device="cuda", dtype=ROWS)
     return lambda: ops.recurrent_kda(**x)
 
 
@@ -92,8 +103,8 @@ def step_arguments(B: int) -> dict[str, Any]:
     }
 
 
-def step(B: int) -> Any:
-    x = step_arguments(B)
+def step(B: int, v_first: bool = False) -> Any:
+    x = step_arguments(B) | {"state_v_first": v_first}
     return lambda: ops.kda_decode_step(**x, backend="cuda")
 
 
@@ -127,6 +138,16 @@ def cases(batches: list[int]) -> list[Case]:
             ),
             Case(f"step B={B}", lambda B=B: step(B), both, both // 2, 5.5 if B == 1 else None, None if most else 1.15),
         ]
+        found += [
+            Case(f"recurrent values first B={B}", lambda B=B: recurrent(B, v_first=True), both, both),
+            Case(f"step values first B={B}", lambda B=B: step(B, v_first=True), both, both // 2),
+        ]
+    # What a launch, a token and reading the state take: their floor is nothing, nothing and half of it.
+    found += [
+        Case("B=1, skipped", lambda: recurrent(1, skipped=True), 8 * matrix, 4 * matrix),
+        Case("B=1, without states", lambda: recurrent(1, initial=False, final=False), 8 * matrix, 4 * matrix),
+        Case("B=1, state only read", lambda: recurrent(1, final=False), 8 * matrix, 4 * matrix),
+    ]
     found.append(Case("verify 8 tokens B=8", lambda: recurrent(8, 8, final=False), 32 * matrix, 32 * matrix))
     for T, D, N in ((8192, 6144, 1), (8192, 6144, 8), (2048, 12288, 1)):
         moved = 4 * T * D
