@@ -223,21 +223,10 @@ def test_views_of_one_projection():
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)
-@pytest.mark.parametrize("layout", ["heads first", "every other", "odd start", "odd rows", "repeated"])
+@pytest.mark.parametrize("layout", test_fwd.LAYOUTS)
 def test_any_layout(layout, name):
     inputs = arguments(2, 3)
-    x = inputs[name]
-    if layout == "heads first":
-        view = x.transpose(1, 2).contiguous().transpose(1, 2)
-    elif layout == "every other":
-        view = torch.stack((x, x * math.nan), -1).flatten(-2)[..., ::2]
-    elif layout == "odd start":
-        view = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)[1:].view(x.shape).copy_(x)
-    elif layout == "odd rows":
-        view = F.pad(x, (0, 3), value=math.nan)[..., : x.shape[-1]]
-    else:
-        view = x[:, :1].expand(x.shape)
-    check(inputs | {name: view})
+    check(inputs | {name: test_fwd.laid_out(inputs[name], layout)})
 
 
 def test_any_layout_of_initial_states_and_indices():

@@ -743,23 +743,27 @@ def test_packed_projections_without_a_copy():
     assert peaks[2] == peaks[3]
 
 
+LAYOUTS = ("heads first", "every other", "odd start", "odd rows", "repeated")
+
+
+def laid_out(x, layout):
+    """x [B, T, heads, ...] as a view: not contiguous, not aligned, NaN beside it, or its first token repeated."""
+    if layout == "heads first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "every other":
+        return torch.stack((x, x * math.nan), -1).flatten(-2)[..., ::2]
+    if layout == "odd start":
+        return torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)[1:].view(x.shape).copy_(x)
+    if layout == "odd rows":
+        return F.pad(x, (0, 3), value=math.nan)[..., : x.shape[-1]]
+    return x[:, :1].expand(x.shape)
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta"])
-@pytest.mark.parametrize("layout", ["heads first", "every other", "odd start", "odd rows", "repeated"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(name, layout):
     inputs = arguments(2, 70, 2, 2)
-    x = inputs[name]
-    if layout == "heads first":
-        view = x.transpose(1, 2).contiguous().transpose(1, 2)
-    elif layout == "every other":
-        view = torch.stack((x, x * math.nan), -1).flatten(-2)[..., ::2]
-    elif layout == "odd start":
-        view = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)[1:].view(x.shape).copy_(x)
-    elif layout == "odd rows":
-        view = F.pad(x, (0, 3), value=math.nan)[..., : x.shape[-1]]
-    else:
-        view = x[:, :1].expand(x.shape)
-    inputs[name] = view
-    check(inputs)
+    check(inputs | {name: laid_out(inputs[name], layout)})
 
 
 @pytest.mark.parametrize("layout", ["heads first", "every other", "odd start"])
