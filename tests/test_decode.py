@@ -695,15 +695,7 @@ def test_other_stream():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_second_device():
     inputs = arguments(2, 3)
-    moved = {n: x.to("cuda:1") if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
-    expected = exact(inputs)
-    for _ in range(2):
-        o, state = kernel(moved)
-        assert o.device == state.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
-        assert_close(o.to(DEVICE), state.to(DEVICE), expected)
-        assert_close(*kernel(inputs), expected)
-    with pytest.raises(RuntimeError, match="`k` must be on cuda:1"):
-        kernel(moved | {"k": inputs["k"]})
+    moved = test_fwd.check_on_second_device(inputs, kernel, exact(inputs), assert_close)
     with pytest.raises(RuntimeError, match="`state_indices` must be on cuda:1"):
         kernel(moved, state_indices=torch.arange(2, device=DEVICE))
 

@@ -978,18 +978,23 @@ def test_other_stream():
     assert_close(o, state, expected)
 
 
+def check_on_second_device(inputs, run, expected, close):
+    """And that tensors of both are refused. Returns the inputs over there."""
+    moved = {n: x.to("cuda:1") if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
+    for _ in range(2):
+        o, state = run(moved)
+        assert o.device == state.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+        close(o.to(DEVICE), state.to(DEVICE), expected)
+        close(*run(inputs), expected)
+    with pytest.raises(RuntimeError, match="`k` must be on cuda:1"):
+        run(moved | {"k": inputs["k"]})
+    return moved
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_second_device():
     inputs = arguments(1, 300)
-    expected = exact(inputs)
-    moved = {n: x.to("cuda:1") if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
-    for _ in range(2):
-        o, state = kernel(moved)
-        assert o.device == state.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
-        assert_close(o.to(DEVICE), state.to(DEVICE), expected)
-        assert_close(*kernel(inputs), expected)
-    with pytest.raises(RuntimeError, match="`k` must be on cuda:1"):
-        kernel(moved | {"k": inputs["k"]})
+    check_on_second_device(inputs, kernel, exact(inputs), assert_close)
 
 
 # ---------------------------------------------------------------------------------------------------- torch's machinery

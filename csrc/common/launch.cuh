@@ -8,6 +8,8 @@
 
 namespace kda {
 
+constexpr int kSmemOfSm = 228 * 1024, kSmemOfSystem = 1024;  // bytes: an SM has, and each CTA takes besides its own
+
 // Programmatic dependent launch: lets the next kernel of the stream start as soon as this one leaves room for it, and
 // there waits until this one has ended and its writes are visible.
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

@@ -110,7 +110,7 @@ def _recurrent_forward(x: KDAInputs, output_states: bool = False) -> tuple[torch
     if (x.cu_seqlens is not None and not output_states) or tokens == 0:
         # Without reading `cu_seqlens` there is no telling how long a sequence is; the chunk map needs not know.
         o, final_state, nothing = _chunk_forward(x)
-        return o, final_state, _fake_state(x, x.q.shape[0], 0) if output_states else nothing
+        return o, final_state, _empty_state(x, x.q.shape[0], 0) if output_states else nothing
     activated = x.activated()
     state = x.key_first_state(activated[0].dtype)
     if state is None:
@@ -144,7 +144,7 @@ def _sequence_of_tokens(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
     return torch.searchsorted(cu_seqlens[1:].to(token.dtype), token, right=True)
 
 
-def _fake_state(x: KDAInputs, *leading: int) -> torch.Tensor:
+def _empty_state(x: KDAInputs, *leading: int) -> torch.Tensor:
     K, V = x.q.shape[-1], x.v.shape[-1]
     matrix = (V, K) if x.state_v_first else (K, V)
     return x.v.new_empty(*leading, x.v.shape[2], *matrix, dtype=x.state_dtype)
@@ -168,8 +168,8 @@ def _(*args: Any) -> Tensors:
     chunks = chunked.max_chunks(x.q.shape[1], 1 if x.cu_seqlens is None else x.sequences)
     return (
         x.v.new_empty(x.v.shape),
-        _fake_state(x, x.sequences) if output_final_state else nothing,
-        _fake_state(x, x.q.shape[0], chunks) if output_states else nothing,
+        _empty_state(x, x.sequences) if output_final_state else nothing,
+        _empty_state(x, x.q.shape[0], chunks) if output_states else nothing,
     )
 
 
@@ -189,8 +189,8 @@ def _(*args: Any) -> Tensors:
     x = KDAInputs(*inputs)
     return (
         x.v.new_empty(x.v.shape),
-        _fake_state(x, x.sequences) if output_final_state else x.v.new_empty(0, dtype=x.state_dtype),
-        _fake_state(x, *x.q.shape[:2]) if output_states else x.v.new_empty(0, dtype=x.state_dtype),
+        _empty_state(x, x.sequences) if output_final_state else x.v.new_empty(0, dtype=x.state_dtype),
+        _empty_state(x, *x.q.shape[:2]) if output_states else x.v.new_empty(0, dtype=x.state_dtype),
     )
 
 
@@ -217,7 +217,7 @@ def recurrent_kda_pool(*args: Any) -> Tensors:
     state_pool = x.initial_state
     if state_pool is None or len(state_indices) == 0 or len(state_pool) == 0:
         o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
-        return o, _fake_state(x, *x.q.shape[:2]) if output_states else o.new_empty(0, dtype=x.state_dtype)
+        return o, _empty_state(x, *x.q.shape[:2]) if output_states else o.new_empty(0, dtype=x.state_dtype)
     indices, row, used = _pool_rows(state_indices, len(state_pool))
     before = state_pool.index_select(0, indices)
     o, after, states = _recurrent_forward(x._replace(initial_state=before), output_states)
@@ -233,7 +233,7 @@ def recurrent_kda_pool(*args: Any) -> Tensors:
 def _(*args: Any) -> Tensors:
     *inputs, _, output_states = args
     x = KDAInputs(*inputs)
-    states = _fake_state(x, *x.q.shape[:2]) if output_states else x.v.new_empty(0, dtype=x.state_dtype)
+    states = _empty_state(x, *x.q.shape[:2]) if output_states else x.v.new_empty(0, dtype=x.state_dtype)
     return x.v.new_empty(x.v.shape), states
 
 

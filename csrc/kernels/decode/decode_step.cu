@@ -11,7 +11,7 @@ template <class Element, int K, int V, bool kValuesFirst, class State>
 cudaError_t launch_step(const DecodeStepParams& params, cudaStream_t stream) {
   const int64_t ctas = std::min<int64_t>(static_cast<int64_t>(params.N) * params.H, kStepCtas<V> * params.num_sms);
   constexpr int kBytes = sizeof(StepSmem<Element, K, V, kValuesFirst, State>);
-  static_assert(kStepCtas<V> * (kBytes + 1024) <= 228 * 1024);
+  static_assert(kStepCtas<V> * (kBytes + kSmemOfSystem) <= kSmemOfSm);
   return launch<decode_step<Element, K, V, kValuesFirst, State>>(dim3(ctas), 1, kStepThreads<V>, kBytes, true, stream,
                                                                  params);
 }

@@ -3,8 +3,9 @@
 // Data flow
 //   1. Each thread has a channel of q, k or v: the last inputs from the convolution's state, the new one, their sum, SiLU,
 //      into shared memory; and the state one input further back where it was. Or one of g, whose decay it makes.
-//   2. The first warp finds the norms of q and k, while the others take the recurrent state into registers (`Slice`).
-//   3. The recurrence, the norm of the output over all threads, and the state back to memory.
+//   2. The first warp finds the norms of q and k.
+//   3. The recurrent state into registers (`Slice`), the recurrence, the norm of the output over all threads, and the state
+//      back to memory.
 // Value heads that share a head of q and k are items of one CTA, one after the other, and q and k are made for the first one:
 // no other CTA has their channels, so that nobody reads a state of the convolution that has been written. Everything that an
 // item needs is on its way to shared memory while the CTA is at work on the one before, the small things first, as in

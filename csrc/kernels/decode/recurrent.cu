@@ -8,7 +8,6 @@ namespace kda {
 namespace {
 
 constexpr int64_t kMostItems = int64_t{1} << 30;
-constexpr int kSmemOfSm = 228 * 1024;  // of which a CTA has 1 KB to itself
 
 int64_t items_of(const RecurrentParams& params, int slices) {
   return static_cast<int64_t>(params.N) * params.HV * (params.V / (slices * kSliceWidth));
@@ -18,7 +17,8 @@ template <class Element, int K, int kSlices, bool kValuesFirst, class State>
 cudaError_t launch_recurrent(const RecurrentParams& params, cudaStream_t stream) {
   using Smem = RecurrentSmem<Element, K, kSlices, kValuesFirst, State>;
   const int bytes = Smem::bytes(params.tokens_at_a_time), parts = params.V / (kSlices * kSliceWidth);
-  const int ctas = std::min(kRecurrentCtas<kSlices>, kSmemOfSm / (bytes + 1024)) * params.num_sms / parts * parts;
+  const int ctas =
+      std::min(kRecurrentCtas<kSlices>, kSmemOfSm / (bytes + kSmemOfSystem)) * params.num_sms / parts * parts;
   return launch<recurrent<Element, K, kSlices, kValuesFirst, State>, Smem::bytes(kMostTokensAtATime)>(
       dim3(std::min<int64_t>(items_of(params, kSlices), ctas)), 1, kSlices * kSliceThreads, bytes, true, stream,
       params);

@@ -33,12 +33,7 @@ struct alignas(16) Token {
   float key_factor, query_factor, key_query, beta;  // the second one has the scale, the third one both
 };
 
-// N neighbours of fp32 or Element, as is known when the call comes.
-template <class Element, int N>
-__device__ __forceinline__ void load_neighbours_of(const void* base, int64_t index, DType dtype, float (&x)[N]) {
-  dtype == DType::kFP32 ? load_neighbours<float>(base, index, x) : load_neighbours<Element>(base, index, x);
-}
-
+// A number of fp32 or Element, as is known when the call comes.
 template <class Element>
 __device__ __forceinline__ float load_float_of(const void* base, int64_t index, DType dtype) {
   return dtype == DType::kFP32 ? load_float<float>(base, index) : load_float<Element>(base, index);
@@ -166,7 +161,7 @@ __device__ __forceinline__ Integer load_row(const RecurrentParams& p, int n) {
   return p.state_indices == nullptr ? Integer{n, 0} : load_integer(p.state_indices, p.state_indices_is_int64, n);
 }
 
-// What it may be, as long as the kernel must not know: -1 for none.
+// The same for a hint, before the kernel waits for the one that may still write it: -1 for none.
 __device__ __forceinline__ int row_for_hint(const RecurrentParams& p, int n) {
   if (p.initial_state == nullptr) return -1;
   if (p.state_indices == nullptr) return n;
