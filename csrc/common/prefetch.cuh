@@ -16,11 +16,17 @@ __device__ __forceinline__ int load_for_hint(const int* address) {
   return word;
 }
 
-// Copies 16 bytes from global to shared memory, without registers. All threads that read them wait for their own copies, and
-// then for each other.
+// Copies 8 or 16 bytes from global to shared memory, without registers. All threads that read them wait for their own copies,
+// and then for each other.
+template <int kBytes = 16>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  } else {
+    static_assert(kBytes == 8);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(from) : "memory");
+  }
 }
 
 // Copies `bytes`, a multiple of 16 at such addresses, with several threads, of which this is number `thread`.
@@ -31,7 +37,7 @@ __device__ __forceinline__ void copy_async(char* to, const void* from, int bytes
 // Ends a group of copies, which may be empty.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until all but the last kLeft groups have arrived.
+// Until all but the last kLeft groups of this thread have arrived.
 template <int kLeft>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");

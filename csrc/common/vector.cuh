@@ -64,4 +64,18 @@ __device__ __forceinline__ void store_neighbours(void* base, int64_t index, cons
   for (int i = 0; i < kVectors; ++i) to[i] = vectors[i];
 }
 
+// Stores four neighbours, in one piece whatever registers they are in: a row in pieces takes several times as long.
+template <class T>
+__device__ __forceinline__ void store_whole(T* to, const float (&x)[4]) {
+  uint32_t words[sizeof(T)];
+  compress<T>(x, words);
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                 "r"(words[3])
+                 : "memory");
+  } else {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1]) : "memory");
+  }
+}
+
 }  // namespace kda

@@ -1,19 +1,21 @@
 // Which step a call gets.
 #include "decode_step.cuh"
 
-#include <algorithm>
-
 namespace kda {
 
 namespace {
 
+template <class Element, int K, int V, bool kValuesFirst, class State, bool kGrouped>
+cudaError_t launch_step(const DecodeStepParams& params, cudaStream_t stream) {
+  return launch<decode_step<Element, K, V, kValuesFirst, State, kGrouped>>(
+      dim3(static_cast<unsigned>(params.N) * params.H), 1, kStepThreads,
+      sizeof(StepSmem<Element, K, V, kValuesFirst, State>), true, stream, params);
+}
+
 template <class Element, int K, int V, bool kValuesFirst, class State>
 cudaError_t launch_step(const DecodeStepParams& params, cudaStream_t stream) {
-  const int64_t ctas = std::min<int64_t>(static_cast<int64_t>(params.N) * params.H, kStepCtas<V> * params.num_sms);
-  constexpr int kBytes = sizeof(StepSmem<Element, K, V, kValuesFirst, State>);
-  static_assert(kStepCtas<V> * (kBytes + kSmemOfSystem) <= kSmemOfSm);
-  return launch<decode_step<Element, K, V, kValuesFirst, State>>(dim3(ctas), 1, kStepThreads<V>, kBytes, true, stream,
-                                                                 params);
+  return params.HV == params.H ? launch_step<Element, K, V, kValuesFirst, State, false>(params, stream)
+                               : launch_step<Element, K, V, kValuesFirst, State, true>(params, stream);
 }
 
 template <class Element, int K, int V, bool kValuesFirst>

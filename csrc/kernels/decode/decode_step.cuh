@@ -1,15 +1,13 @@
-// One token through a KDA layer: items of a value head and a sequence, in CTAs of 128 threads for each 32 value channels.
+// One token through a KDA layer: a CTA has a head of q and k of a sequence.
 //
 // Data flow
 //   1. Each thread has a channel of q, k or v: the last inputs from the convolution's state, the new one, their sum, SiLU,
-//      into shared memory; and the state one input further back where it was. Or one of g, whose decay it makes.
-//   2. The first warp finds the norms of q and k.
-//   3. The recurrent state into registers (`Slice`), the recurrence, the norm of the output over all threads, and the state
-//      back to memory.
-// Value heads that share a head of q and k are items of one CTA, one after the other, and q and k are made for the first one:
-// no other CTA has their channels, so that nobody reads a state of the convolution that has been written. Everything that an
-// item needs is on its way to shared memory while the CTA is at work on the one before, the small things first, as in
-// `recurrent`.
+//      into shared memory; and the state one input further back where it was. Or one of g, whose decay it makes. The recurrent
+//      state is on its way to registers meanwhile (`Slice`).
+//   2. The last warp finds the norms of q and k, beside the recurrence's first half, which does without them.
+//   3. The recurrent state back to memory, and the norm of the output over all threads.
+// Value heads that share a head of q and k come one after the other, and q and k are made for the first one: no other CTA has
+// their channels, so that nobody reads a state of the convolution that has been written.
 #pragma once
 
 #include "api/decode.h"
@@ -20,250 +18,226 @@ namespace kda {
 
 constexpr int kWidestConv = 4;
 
-template <int V>
-constexpr int kStepThreads = V / kSliceWidth * kSliceThreads;
+constexpr int kStepThreads = 256;
 
-template <int V>
-constexpr int kStepCtas = 128 / V;  // an SM
-
-// What an item brings with it, as it lies in memory.
-template <class Element, int K, int V, class State>
-struct alignas(16) StepPlace {
-  char state[V * K * sizeof(State)];
-  char conv_state[(2 * K + V) * kWidestConv * 4], conv_weight[(2 * K + V) * kWidestConv * 4];  // of q, k and v, or less
-  Element q[K], k[K], v[V], output_gate[V];
-  float g[K], dt_bias[K];  // or narrower
-};
+// An SM. Two leave 128 registers a thread, which is not enough where value heads share a head of q and k.
+template <bool kGrouped>
+constexpr int kStepCtas = kGrouped ? 1 : 2;
 
 template <class Element, int K, int V, bool kValuesFirst, class State>
 struct StepSmem {
-  using OwnSlice = Slice<K, V / kSliceWidth, kValuesFirst, State>;
-  StepPlace<Element, K, V, State> places[2];  // of this item and the next one
+  alignas(16) char state[K * V * sizeof(State)];
+  int64_t matrix, out;  // of the state and the first output
   Token<K> token;
-  float values[V], outputs[V], norm_weight[V];
-  float exchange[V / kSliceWidth * OwnSlice::kExchange + 4];
+  float values[V], outputs[V];
+  alignas(16) Element output_gate[V];
+  alignas(16) float norm_weight[V];  // or narrower
+  typename Slice<K, V, kStepThreads, kValuesFirst, State>::Exchange exchange;
 };
 
-struct StepItem {
-  int n, key_head, head, member;  // of the value heads that share a head of q and k
-  Integer row;
+// Of a channel, the last inputs or the weights of the convolution as they lie in memory, oldest first and at the end.
+struct Taps {
+  uint32_t words[kWidestConv];
 
-  __device__ __forceinline__ bool has_row(const DecodeStepParams& p) const {
-    return row.is_below(p.rows, p.state_indices_is_int64);
-  }
-  __device__ __forceinline__ int64_t matrix(const DecodeStepParams& p) const {
-    return static_cast<int64_t>(row.low) * p.HV + head;
-  }
-};
-
-// What a warp copies for each item: rows of one kind. In bytes.
-struct StepSource {
-  const char* base;
-  int64_t sequence,
-      head;       // strides, that of the row of the states where `by_row`, and of q's and k's heads where `of_keys`
-  int bytes, to;  // how many, and where they go in StepPlace
-  bool by_row, of_keys;
-
-  __device__ __forceinline__ void set(const void* from, int64_t sequence_stride, int64_t head_stride, int count,
-                                      int size, int at, bool keys) {
-    base = static_cast<const char*>(from);
-    sequence = sequence_stride * size, head = head_stride * size, bytes = count * size, to = at, of_keys = keys;
-  }
-
-  __device__ __forceinline__ const char* at(const StepItem& item, int row) const {
-    return base + (by_row ? row : item.n) * sequence + (of_keys ? item.key_head : item.head) * head;
-  }
-};
-
-constexpr int kStepKinds = 12;
-
-template <class Element, int K, int V, class State>
-__device__ __forceinline__ StepSource step_source(const DecodeStepParams& p, int kind) {
-  using Place = StepPlace<Element, K, V, State>;
-  constexpr int kElement = sizeof(Element);
-  const int state_size = size_of(p.conv_state_dtype) * p.conv_width,
-            weight_size = size_of(p.weight_dtype) * p.conv_width;
-  const int64_t keys = static_cast<int64_t>(p.H) * K, channels = 2 * keys + static_cast<int64_t>(p.HV) * V;
-  const auto states = [&](int at) { return static_cast<int>(offsetof(Place, conv_state)) + at * state_size; };
-  const auto weights = [&](int at) { return static_cast<int>(offsetof(Place, conv_weight)) + at * weight_size; };
-  const char* const conv = static_cast<const char*>(p.conv_state);
-  StepSource s;
-  s.bytes = 0, s.by_row = kind < 3, s.of_keys = false;
-  switch (kind) {
-    case 0: s.set(conv, channels, K, K, state_size, states(0), true); break;
-    case 1: s.set(conv + keys * state_size, channels, K, K, state_size, states(K), true); break;
-    case 2: s.set(conv + 2 * keys * state_size, channels, V, V, state_size, states(2 * K), false); break;
-    case 3: s.set(p.q_conv_weight, 0, K, K, weight_size, weights(0), true); break;
-    case 4: s.set(p.k_conv_weight, 0, K, K, weight_size, weights(K), true); break;
-    case 5: s.set(p.v_conv_weight, 0, V, V, weight_size, weights(2 * K), false); break;
-    case 6: s.set(p.q, p.q_strides[0], p.q_strides[2], K, kElement, offsetof(Place, q), true); break;
-    case 7: s.set(p.k, p.k_strides[0], p.k_strides[2], K, kElement, offsetof(Place, k), true); break;
-    case 8: s.set(p.v, p.v_strides[0], p.v_strides[2], V, kElement, offsetof(Place, v), false); break;
-    case 9:
-      s.set(p.output_gate, p.output_gate_strides[0], p.output_gate_strides[2], V, kElement,
-            offsetof(Place, output_gate), false);
-      break;
-    case 10: s.set(p.g, p.g_strides[0], p.g_strides[2], K, size_of(p.g_dtype), offsetof(Place, g), false); break;
-    case 11:
-      if (p.dt_bias != nullptr) s.set(p.dt_bias, 0, K, K, size_of(p.parameter_dtype), offsetof(Place, dt_bias), false);
-  }
-  return s;
-}
-
-// The convolution's output for channel `at` of an item's, in the order of q, k and v, whose input is x; `channel` is its number
-// among all channels. The state with x, and without its oldest input, goes to memory.
-template <class Element, class Place>
-__device__ __forceinline__ float convolve(const DecodeStepParams& p, const Place& place, int at, float x, int row,
-                                          int64_t channel) {
-  const int width = p.conv_width;
-  float inputs[kWidestConv];  // oldest first, as the weights; the last ones where there are less
-  float sum = 0.0f;
+  __device__ __forceinline__ void load(const void* base, int64_t channel, int width, DType dtype) {
+    if (width == kWidestConv) {
+      if (dtype == DType::kFP32) {
+        const uint4 all = static_cast<const uint4*>(base)[channel];
+        words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+      } else {
+        const uint2 all = static_cast<const uint2*>(base)[channel];
+        words[0] = all.x, words[2] = all.y;
+      }
+    } else {
 #pragma unroll
-  for (int i = 0; i < kWidestConv; ++i) {
-    const int own = i - (kWidestConv - width);
-    if (own < 0) continue;
-    inputs[i] =
-        i == kWidestConv - 1 ? x : load_float_of<Element>(place.conv_state, at * width + own + 1, p.conv_state_dtype);
-    sum = fmaf(inputs[i], load_float_of<Element>(place.conv_weight, at * width + own, p.weight_dtype), sum);
-  }
-  const int64_t to = (row * (2 * static_cast<int64_t>(p.H) * p.K + p.HV * p.V) + channel) * width;
-  if (width == kWidestConv) {
-    p.conv_state_dtype == DType::kFP32 ? store_neighbours<float>(p.conv_state, to, inputs)
-                                       : store_neighbours<Element>(p.conv_state, to, inputs);
-  } else {
-#pragma unroll
-    for (int i = 1; i < kWidestConv; ++i) {
-      const int64_t own = i - (kWidestConv - width);
-      if (own < 0) continue;
-      p.conv_state_dtype == DType::kFP32 ? store_value<float>(p.conv_state, to + own, inputs[i])
-                                         : store_value<Element>(p.conv_state, to + own, inputs[i]);
+      for (int i = 0; i < kWidestConv; ++i)
+        if (const int own = i - (kWidestConv - width); own >= 0)
+          words[i] = load_number(base, channel * width + own, dtype).bits;
     }
   }
-  return rounded<Element>(sum * sigmoid(sum));
-}
 
-template <class Element, int K, int V, bool kValuesFirst, class State>
-__global__ void __launch_bounds__(kStepThreads<V>, kStepCtas<V>)
+  __device__ __forceinline__ float at(int i, int width, DType dtype) const {
+    if (width != kWidestConv || dtype == DType::kFP32) return Number{words[i]}.as(dtype);
+    const uint32_t pair = words[i / 2 * 2];
+    return Number{i % 2 == 0 ? pair & 0xffffu : pair >> 16}.as(dtype);
+  }
+};
+
+// What a thread brings together for a channel of q, k, v or g: number `at` of these together.
+template <int K, int V>
+struct StepChannel {
+  Number x;
+  Taps inputs, weight;  // of g, the first words are dt_bias and A_log
+  const void *x_from, *weight_from;
+  int64_t x_at, to;  // `to` in the convolution's state, of the channels of all rows
+  int weight_at;
+
+  // Where all of it is, but for the row of the states.
+  __device__ __forceinline__ void find(const DecodeStepParams& p, int at, int n, int key_head, int head) {
+    if (at >= 2 * K + V) {
+      const int channel = at - (2 * K + V);
+      x_from = p.g, x_at = n * p.g_strides[0] + head * p.g_strides[2] + channel;
+      weight_from = p.dt_bias, weight_at = head * K + channel;
+      return;
+    }
+    const int kind = at < K ? 0 : at < 2 * K ? 1 : 2, channel = at - kind * K, own_head = kind == 2 ? head : key_head;
+    const int64_t batch_stride = kind == 0 ? p.q_strides[0] : kind == 1 ? p.k_strides[0] : p.v_strides[0];
+    const int64_t head_stride = kind == 0 ? p.q_strides[2] : kind == 1 ? p.k_strides[2] : p.v_strides[2];
+    x_from = kind == 0 ? p.q : kind == 1 ? p.k : p.v;
+    x_at = n * batch_stride + own_head * head_stride + channel;
+    weight_from = kind == 0 ? p.q_conv_weight : kind == 1 ? p.k_conv_weight : p.v_conv_weight;
+    weight_at = own_head * (kind == 2 ? V : K) + channel;
+    to = static_cast<int64_t>(kind * p.H) * K + weight_at;
+  }
+
+  // Before `load` may begin.
+  __device__ __forceinline__ void hint_at(const DecodeStepParams& p, int at, int64_t row) const {
+    if (at % 16 == 0) hint(static_cast<const char*>(x_from) + x_at * size_of(at >= 2 * K + V ? p.g_dtype : p.dtype));
+    if (at % 4 != 0) return;
+    if (at >= 2 * K + V) {
+      if (p.dt_bias != nullptr) hint(static_cast<const char*>(weight_from) + weight_at * size_of(p.parameter_dtype));
+    } else {
+      hint(static_cast<const char*>(weight_from) + weight_at * p.conv_width * size_of(p.weight_dtype));
+      if (row >= 0)
+        hint(static_cast<const char*>(p.conv_state) + (row + to) * p.conv_width * size_of(p.conv_state_dtype));
+    }
+  }
+
+  __device__ __forceinline__ void load(const DecodeStepParams& p, int at, int head, int64_t row) {
+    if (at >= 2 * K + V) {
+      x = load_number(x_from, x_at, p.g_dtype);
+      if (p.dt_bias != nullptr) inputs.words[0] = load_number(weight_from, weight_at, p.parameter_dtype).bits;
+      if (p.A_log != nullptr) inputs.words[1] = load_number(p.A_log, head, p.parameter_dtype).bits;
+      return;
+    }
+    x = load_number(x_from, x_at, p.dtype);
+    weight.load(weight_from, weight_at, p.conv_width, p.weight_dtype);
+    to += row;
+    inputs.load(p.conv_state, to, p.conv_width, p.conv_state_dtype);
+  }
+
+  // The convolution's output. Its state with x, and without its oldest input, goes to memory.
+  template <class Element>
+  __device__ __forceinline__ float convolve(const DecodeStepParams& p) const {
+    const int width = p.conv_width;
+    float last[kWidestConv], sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kWidestConv; ++j) {
+      if (j < kWidestConv - width) continue;
+      last[j] = j == kWidestConv - 1 ? x.as(p.dtype) : inputs.at(j + 1, width, p.conv_state_dtype);
+      sum = fmaf(last[j], weight.at(j, width, p.weight_dtype), sum);
+    }
+    if (width == kWidestConv) {
+      p.conv_state_dtype == DType::kFP32 ? store_neighbours<float>(p.conv_state, to * width, last)
+                                         : store_neighbours<Element>(p.conv_state, to * width, last);
+    } else {
+#pragma unroll
+      for (int j = 1; j < kWidestConv; ++j) {
+        const int own = j - (kWidestConv - width);
+        if (own < 0) continue;
+        p.conv_state_dtype == DType::kFP32 ? store_value<float>(p.conv_state, to * width + own, last[j])
+                                           : store_value<Element>(p.conv_state, to * width + own, last[j]);
+      }
+    }
+    return rounded<Element>(sum * sigmoid(sum));
+  }
+};
+
+template <class Element, int K, int V, bool kValuesFirst, class State, bool kGrouped>
+__global__ void __launch_bounds__(kStepThreads, kStepCtas<kGrouped>)
     decode_step(const __grid_constant__ DecodeStepParams p) {
-  constexpr int kThreads = kStepThreads<V>, kWarps = kThreads / 32, kSources = (kStepKinds + kWarps - 1) / kWarps;
-  using OwnSlice = Slice<K, V / kSliceWidth, kValuesFirst, State>;
+  constexpr int kThreads = kStepThreads, kWarps = kThreads / 32, kAll = 3 * K + V;
+  constexpr int kOwn = (kAll + kThreads - 1) / kThreads;  // channels of a thread
   extern __shared__ __align__(16) char smem_bytes[];
   auto& smem = *reinterpret_cast<StepSmem<Element, K, V, kValuesFirst, State>*>(smem_bytes);
-  const int slice = this_warp() / 4, warp = this_warp(), lane = threadIdx.x & 31, first = slice * kSliceWidth;
-  OwnSlice state(smem.exchange + slice * OwnSlice::kExchange, V, slice);
+  using OwnSlice = Slice<K, V, kStepThreads, kValuesFirst, State>;
 
-  int index = blockIdx.x;  // of heads of q and k
-  const int group = p.HV / p.H, step_n = gridDim.x / p.H, step_head = gridDim.x % p.H;
-  StepItem item;
-  item.n = index / p.H, item.key_head = index % p.H, item.head = item.key_head * group, item.member = 0;
-  // The item after this one, if this CTA has one.
-  const auto advance = [&](StepItem& it) {
-    ++it.head;
-    if (++it.member < group) return true;
-    index += gridDim.x;
-    it.n += step_n, it.key_head += step_head;
-    if (it.key_head >= p.H) ++it.n, it.key_head -= p.H;
-    it.head = it.key_head * group, it.member = 0;
-    if (index >= p.N * p.H) return false;
-    it.row = load_row(p, it.n);
-    return true;
-  };
-  StepSource sources[kSources];
-#pragma unroll
-  for (int i = 0; i < kSources; ++i) sources[i] = step_source<Element, K, V, State>(p, warp + i * kWarps);
-
-  Number A_log, beta, next_A_log = {0}, next_beta = {0};
-  const auto begin = [&](const StepItem& it, int place) {
-    const bool has_row = it.has_row(p);
-    char* const to = reinterpret_cast<char*>(&smem.places[place]);
-    if (has_row) {
-#pragma unroll
-      for (const StepSource& source : sources)
-        if (it.member == 0 || !source.of_keys)
-          copy_async(to + source.to, source.at(it, it.row.low), source.bytes, lane, 32);
-      next_beta = load_number(p.beta, it.n * p.beta_strides[0] + it.head * p.beta_strides[2], p.beta_dtype);
-      if (p.A_log != nullptr) next_A_log = load_number(p.A_log, it.head, p.parameter_dtype);
-    }
-    commit_copies();
-    if (has_row) state.copy(p.initial_state, it.matrix(p), 0, smem.places[place].state);
-    commit_copies();
-  };
+  const int64_t channels = static_cast<int64_t>(2 * p.H) * K + p.HV * V;  // of the convolution
 
   launch_dependents();
-  if (const int row = row_for_hint(p, item.n); row >= 0) {
-#pragma unroll
-    for (const StepSource& source : sources)
-      for (int at = 128 * lane; at < source.bytes; at += 128 * 32) hint(source.at(item, row) + at);
-    state.hint_at(p.initial_state, static_cast<int64_t>(row) * p.HV + item.head, 0);
+  if (blockIdx.x < kStepCtas<kGrouped> * p.num_sms) {  // others come when the kernel before this one has ended
+    const int n = blockIdx.x / p.H, key_head = blockIdx.x % p.H, head = key_head * (p.HV / p.H);
+    const int row = row_for_hint(p, n);
+    if (row >= 0) OwnSlice::hint_at(p.initial_state, static_cast<int64_t>(row) * p.HV + head, V, 0);
+#pragma unroll 1
+    for (int at = threadIdx.x; at < kAll; at += kThreads) {
+      StepChannel<K, V> own;
+      own.find(p, at, n, key_head, head);
+      own.hint_at(p, at, row * channels);
+    }
   }
-  wait_for_previous_kernel();
 
-  item.row = load_row(p, item.n);
-  begin(item, 0);
-  if (threadIdx.x < V)
-    smem.norm_weight[threadIdx.x] = load_float_of<Element>(p.norm_weight, threadIdx.x, p.weight_dtype);
-  StepItem next = item;
-  bool has_next = advance(next);
 #pragma unroll 1
-  for (int at = 0;; at ^= 1) {
-    A_log = next_A_log, beta = next_beta;
-    wait_for_copies<1>();
-    __syncthreads();  // small things are there, and nobody needs the place of the item before
-    if (has_next) {
-      begin(next, at ^ 1);
-    } else {
-      commit_copies();
-      commit_copies();
-    }
-
-    const auto& place = smem.places[at];
-    const int64_t out = item.n * p.out_strides[0] + item.head * p.out_strides[2];
-    if (item.has_row(p)) {
-#pragma unroll 1
-      for (int i = threadIdx.x; i < 3 * K + V; i += kThreads) {
-        if (i >= 2 * K + V) {
-          const int channel = i - (2 * K + V);
-          smem.token.decay[channel] = decay_of<Element>(p, place.g, place.dt_bias, channel, A_log);
-        } else if (i >= 2 * K) {
-          const int channel = i - 2 * K;
-          smem.values[channel] = convolve<Element>(p, place, i, load_float<Element>(place.v, channel), item.row.low,
-                                                   2 * p.H * K + item.head * V + channel);
-        } else if (item.member == 0) {
-          const int channel = i % K, own = item.key_head * K + channel;
-          if (i < K) {
-            smem.token.query[channel] =
-                convolve<Element>(p, place, i, load_float<Element>(place.q, channel), item.row.low, own);
-          } else {
-            smem.token.key[channel] =
-                convolve<Element>(p, place, i, load_float<Element>(place.k, channel), item.row.low, p.H * K + own);
-          }
-        }
-      }
-      __syncthreads();
-      if (warp == 0) sum_up(p, smem.token.query, smem.token.key, beta.as(p.beta_dtype), smem.token);
-      wait_for_copies<2>();
-      __syncthreads();
-      state.take(place.state);
-      state.step(smem.token, smem.values + first, 0,
-                 [&](int channel, float o) { smem.outputs[first + channel] = rounded<Element>(o); });
-      __syncthreads();
-      if (threadIdx.x < V) {
-        float squares = 0.0f;
+  for (int member = 0; member < (kGrouped ? p.HV / p.H : 1); ++member) {
+    if (member > 0) __syncthreads();  // nobody needs what is in shared memory
+    const int thread = threadIdx.x, n = blockIdx.x / p.H, key_head = blockIdx.x % p.H;
+    const int head = key_head * (p.HV / p.H) + member;
+    const int warp = thread / 32, lane = thread & 31;
+    OwnSlice state(smem.exchange, V, 0, thread);
+    StepChannel<K, V> own[kOwn];
 #pragma unroll
-        for (int i = 0; i < V / 32; ++i)
-          squares = fmaf(smem.outputs[32 * i + lane], smem.outputs[32 * i + lane], squares);
-        const float scale = rsqrtf(warp_sum(squares) * (1.0f / V) + p.norm_eps);
-        const float gate = sigmoid(load_float<Element>(place.output_gate, threadIdx.x));
-        store_value<Element>(p.out, out + threadIdx.x,
-                             smem.outputs[threadIdx.x] * scale * smem.norm_weight[threadIdx.x] * gate);
-      }
-      state.store(p.final_state, item.matrix(p), 0);
-    } else {
-      for (int i = threadIdx.x; i < V; i += kThreads) store_value<Element>(p.out, out + i, 0.0f);
+    for (int i = 0; i < kOwn; ++i) own[i].find(p, i * kThreads + thread, n, key_head, head);
+    const int64_t out = n * p.out_strides[0] + head * p.out_strides[2];
+
+    // What does not need memory came before, where it costs nothing.
+    if (member == 0) wait_for_previous_kernel();
+    const Integer own_row = load_row(p, n);
+    const int64_t row = own_row.low, matrix = row * p.HV + head;
+    if (!own_row.is_below(p.rows, p.state_indices_is_int64)) {
+      if (thread < V) store_value<Element>(p.out, out + thread, 0.0f);
+      continue;
     }
-    if (!has_next) break;
-    item = next;
-    has_next = advance(next);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (const int at = i * kThreads + thread; at < kAll && (member == 0 || at >= 2 * K))
+        own[i].load(p, at, head, row * channels);
+    }
+    Number beta = {0};
+    if (warp == kWarps - 1) beta = load_number(p.beta, n * p.beta_strides[0] + head * p.beta_strides[2], p.beta_dtype);
+    state.copy(p.initial_state, matrix, smem.state);
+    if (warp == 0)
+      copy_async(
+          reinterpret_cast<char*>(smem.output_gate),
+          static_cast<const Element*>(p.output_gate) + n * p.output_gate_strides[0] + head * p.output_gate_strides[2],
+          V * static_cast<int>(sizeof(Element)), lane, 32);
+    if (warp == 1)
+      copy_async(reinterpret_cast<char*>(smem.norm_weight), p.norm_weight, V * size_of(p.weight_dtype), lane, 32);
+    if (thread == 0) smem.matrix = matrix, smem.out = out;
+    commit_copies();
+
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int at = i * kThreads + thread;
+      if (at >= kAll || (member > 0 && at < 2 * K)) continue;
+      const StepChannel<K, V>& mine = own[i];
+      if (at >= 2 * K + V) {
+        smem.token.decay[OwnSlice::place_of(at - (2 * K + V))] =
+            decay_of(p, mine.x, {mine.inputs.words[0]}, {mine.inputs.words[1]});
+        continue;
+      }
+      (at < K       ? smem.token.query[OwnSlice::place_of(at)]
+       : at < 2 * K ? smem.token.key[OwnSlice::place_of(at - K)]
+                    : smem.values[at - 2 * K]) = mine.template convolve<Element>(p);
+    }
+    __syncthreads();
+    if (warp == kWarps - 1) sum_up(p, smem.token.query, smem.token.key, beta.as(p.beta_dtype), smem.token);
+    if (kValuesFirst) __syncthreads();  // else `step` has a barrier before it needs the norms
+    wait_for_copies<0>();
+    state.take(smem.state);
+    state.step(smem.token, smem.values, [&](int channel, float o) { smem.outputs[channel] = rounded<Element>(o); });
+    state.store(p.final_state, smem.matrix);
+    __syncthreads();
+    if (thread < V) {
+      float squares = 0.0f;
+#pragma unroll
+      for (int i = 0; i < V / 32; ++i)
+        squares = fmaf(smem.outputs[32 * i + lane], smem.outputs[32 * i + lane], squares);
+      const float scale = rsqrtf(warp_sum(squares) * (1.0f / V) + p.norm_eps);
+      store_value<Element>(p.out, smem.out + thread,
+                           smem.outputs[thread] * scale *
+                               load_number(smem.norm_weight, thread, p.weight_dtype).as(p.weight_dtype) *
+                               sigmoid(load_float<Element>(smem.output_gate, thread)));
+    }
   }
 }
 

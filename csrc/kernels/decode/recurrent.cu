@@ -9,27 +9,27 @@ namespace {
 
 constexpr int64_t kMostItems = int64_t{1} << 30;
 
-int64_t items_of(const RecurrentParams& params, int slices) {
-  return static_cast<int64_t>(params.N) * params.HV * (params.V / (slices * kSliceWidth));
+int64_t items_of(const RecurrentParams& params, int width) {
+  return static_cast<int64_t>(params.N) * params.HV * (params.V / width);
 }
 
-template <class Element, int K, int kSlices, bool kValuesFirst, class State>
+template <class Element, int K, int kWidth, bool kValuesFirst, class State, bool kFew>
 cudaError_t launch_recurrent(const RecurrentParams& params, cudaStream_t stream) {
-  using Smem = RecurrentSmem<Element, K, kSlices, kValuesFirst, State>;
-  const int bytes = Smem::bytes(params.tokens_at_a_time), parts = params.V / (kSlices * kSliceWidth);
-  const int ctas =
-      std::min(kRecurrentCtas<kSlices>, kSmemOfSm / (bytes + kSmemOfSystem)) * params.num_sms / parts * parts;
-  return launch<recurrent<Element, K, kSlices, kValuesFirst, State>, Smem::bytes(kMostTokensAtATime)>(
-      dim3(std::min<int64_t>(items_of(params, kSlices), ctas)), 1, kSlices * kSliceThreads, bytes, true, stream,
-      params);
+  using Smem = RecurrentSmem<Element, K, kWidth, kValuesFirst, State>;
+  return launch<recurrent<Element, K, kWidth, kValuesFirst, State, kFew>, Smem::bytes(kMostTokensAtATime)>(
+      dim3(items_of(params, kWidth)), 1, kRecurrentThreads, Smem::bytes(params.tokens_at_a_time), true, stream, params);
 }
 
-// Few value channels a CTA where that makes more SMs work, else more: of a state that has keys first, rows of 256 bytes instead
-// of 128, of which DRAM gives 5 % more.
+// Few value channels a CTA where that gives each SM more work, else more: of a state that has keys first, rows of 256 bytes
+// instead of 128.
 template <class Element, int K, bool kValuesFirst, class State>
 cudaError_t launch_recurrent(const RecurrentParams& params, cudaStream_t stream) {
-  return items_of(params, 2) < params.num_sms ? launch_recurrent<Element, K, 1, kValuesFirst, State>(params, stream)
-                                              : launch_recurrent<Element, K, 2, kValuesFirst, State>(params, stream);
+  const bool few = params.cu_seqlens == nullptr && params.T <= kMostTokensAtATime && params.states == nullptr;
+  if (items_of(params, 64) <= 2 * params.num_sms)
+    return few ? launch_recurrent<Element, K, 32, kValuesFirst, State, true>(params, stream)
+               : launch_recurrent<Element, K, 32, kValuesFirst, State, false>(params, stream);
+  return few ? launch_recurrent<Element, K, 64, kValuesFirst, State, true>(params, stream)
+             : launch_recurrent<Element, K, 64, kValuesFirst, State, false>(params, stream);
 }
 
 template <class Element, int K, bool kValuesFirst>
@@ -57,7 +57,7 @@ const char* recurrent_refusal(const RecurrentParams& params) {
     return "`initial_state` is float16; the CUDA kernels take float32 and bfloat16";
   if (params.K != 64 && params.K != 128) return "`q` has a head dimension other than 64 and 128";
   if (params.V != 64 && params.V != 128) return "`v` has a head dimension other than 64 and 128";
-  if (items_of(params, 1) > kMostItems) return "`q` has too many sequences for one launch";
+  if (items_of(params, 32) > kMostItems) return "`q` has too many sequences for one launch";
   return nullptr;
 }
 

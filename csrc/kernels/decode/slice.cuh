@@ -1,4 +1,4 @@
-// The token recurrence of 32 value channels, carried by 128 threads that hold the state in registers.
+// The token recurrence of some value channels, carried by the threads of a CTA, which hold the state in registers.
 //
 // With d = e^g - 1, and factors n that norm q and k and have q's scale, a token does this to each value channel v, a row of the
 // state:
@@ -9,9 +9,9 @@
 // since a gate near 1 would lose what matters in fp32: a state that is a thousand tokens old has gone through e^g a
 // thousand times.
 //
-// Who holds what (`Slice`): a thread has 4 neighbours of the state's last dimension at a time, K / 16 times.
-//   values first, [V, K]: a warp has 8 rows, K / 4 lanes a row, and sums over lanes.
-//   keys first, [K, V]: a warp has 4 of every 16 rows, 8 lanes a row, and the four warps' sums meet in shared memory.
+// Who holds what (`Slice`): a thread has 4 neighbours of the state's last dimension at a time, and 4 to 16 rows of them.
+//   values first, [V, K]: K / 4 lanes have a row, whose sums are taken over lanes.
+//   keys first, [K, V]: a row has 4 value channels of each lane, and the warps' sums meet in shared memory.
 #pragma once
 
 #include <type_traits>
@@ -22,22 +22,13 @@
 
 namespace kda {
 
-constexpr int kSliceWidth = 32;     // value channels
-constexpr int kSliceThreads = 128;  // 4 warps
-
 // What the recurrence needs of a token, in shared memory.
 template <int K>
 struct alignas(16) Token {
-  float decay[K];  // e^g - 1
+  float decay[K];  // e^g - 1, all three in the order of Slice::place_of
   float key[K], query[K];
   float key_factor, query_factor, key_query, beta;  // the second one has the scale, the third one both
 };
-
-// A number of fp32 or Element, as is known when the call comes.
-template <class Element>
-__device__ __forceinline__ float load_float_of(const void* base, int64_t index, DType dtype) {
-  return dtype == DType::kFP32 ? load_float<float>(base, index) : load_float<Element>(base, index);
-}
 
 __device__ __forceinline__ int size_of(DType dtype) { return dtype == DType::kFP32 ? 4 : 2; }
 
@@ -60,9 +51,6 @@ __device__ __forceinline__ void store_value(void* base, int64_t index, float x) 
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal_approx(1.0f + expf(-x)); }
-
-// The same for all lanes, and the compiler knows.
-__device__ __forceinline__ int this_warp() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
@@ -99,14 +87,11 @@ __device__ __forceinline__ float beta_of(const KdaParams& p, float x) {
   return (p.allow_neg_eigval ? 2.0f : 1.0f) * sigmoid(x);
 }
 
-// e^g - 1 of a channel, from g and dt_bias as they lie there.
-template <class Element>
-__device__ __forceinline__ float decay_of(const RecurrentParams& p, const void* g, const void* dt_bias, int channel,
-                                          Number A_log) {
-  const float bias =
-      p.dt_bias == nullptr ? 0.0f : load_number(dt_bias, channel, p.parameter_dtype).as(p.parameter_dtype);
+// e^g - 1 of a channel, from what lies in memory.
+__device__ __forceinline__ float decay_of(const RecurrentParams& p, Number g, Number dt_bias, Number A_log) {
+  const float bias = p.dt_bias == nullptr ? 0.0f : dt_bias.as(p.parameter_dtype);
   const float rate = p.A_log == nullptr ? 1.0f : expf(A_log.as(p.parameter_dtype));
-  return expm1f(log_decay(p, load_float_of<Element>(g, channel, p.g_dtype), rate, bias));
+  return expm1f(log_decay(p, g.as(p.g_dtype), rate, bias));
 }
 
 // The factors of a token, and its β, with one warp.
@@ -170,18 +155,32 @@ __device__ __forceinline__ int row_for_hint(const RecurrentParams& p, int n) {
   return row < p.rows ? row : -1;
 }
 
-// One of kSlices slices side by side, of a CTA.
-template <int K, int kSlices, bool kValuesFirst, class State>
+// kWidth value channels of a state in the registers of kThreads threads.
+template <int K, int kWidth, int kThreads, bool kValuesFirst, class State>
 class Slice {
  public:
-  // Floats in shared memory that the warps of a slice share.
-  static constexpr int kExchange = kValuesFirst ? 0 : 2 * 4 * 2 * kSliceWidth;
-  // Bytes in shared memory for the states of all slices, before they are taken into registers.
-  static constexpr int kPlaceBytes = K * kSlices * kSliceWidth * static_cast<int>(sizeof(State));
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kPlaceBytes = K * kWidth * sizeof(State);  // in shared memory, before it is taken into registers
 
-  // `exchange` is this slice's own.
-  __device__ __forceinline__ Slice(float* exchange, int V, int slice)
-      : exchange_(exchange), V_(V), slice_(slice), warp_(this_warp() % 4), lane_(threadIdx.x & 31) {}
+  // In shared memory, where warps add up.
+  struct Exchange {
+    // a and b of each channel, 16 banks apart, and the updates: of keys first.
+    alignas(16) float sums[kValuesFirst ? 1 : kWarps][2][kValuesFirst ? 4 : kWidth + 16];
+    alignas(16) float updates[kValuesFirst ? 4 : kWidth];
+  };
+
+  // `first`: of the value channels.
+  __device__ __forceinline__ Slice(Exchange& exchange, int V, int first, int thread)
+      : exchange_(exchange),
+        V_(V),
+        warp_(thread / 32),
+        lane_(thread % 32),
+        own_((kValuesFirst ? (first + first_row()) * K : first_row() * V + first) + column()) {}
+
+  // Where Token has a key channel: those of a thread follow each other.
+  __device__ __forceinline__ static int place_of(int key) {
+    return kValuesFirst ? key : key % kThreadRows * kSteps + key / kThreadRows;
+  }
 
   __device__ __forceinline__ void set_to_zero() {
 #pragma unroll
@@ -190,66 +189,62 @@ class Slice {
       for (int j = 0; j < 4; ++j) s_[i][j] = 0.0f;
   }
 
-  // Begins to copy the states of all slices, value channels from `first` on, to `place`. Neighbours in memory have
-  // neighbours' copies: DRAM gives more of rows of 256 bytes than of twice 128.
-  __device__ __forceinline__ void copy(const void* states, int64_t matrix, int first, char* place) const {
-    for_chunks(states, matrix, first, [&](int at, const char* from) { copy_async(place + at, from); });
-  }
-
-  // After the copies of all threads.
-  __device__ __forceinline__ void take(const char* place) {
+  // Begins to copy a matrix of states to `place`, where each thread has bytes of its own.
+  __device__ __forceinline__ void copy(const void* states, int64_t matrix, char* place) const {
+    const State* const from = static_cast<const State*>(states) + matrix * K * V_ + own_;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i)
-      load_neighbours<State>(place, offset(i, slice_ * kSliceWidth, kSlices * kSliceWidth), s_[i]);
+    for (int i = 0; i < kSteps; ++i) copy_async<4 * sizeof(State)>(own_place(place, i), from + i * pitch());
   }
 
-  // Before the copy may begin.
-  __device__ __forceinline__ void hint_at(const void* states, int64_t matrix, int first) const {
-    for_chunks(states, matrix, first, [](int, const char* from) { hint(from); });
-  }
-
-  __device__ __forceinline__ void store(void* states, int64_t matrix, int first) const {
-    State* const to = static_cast<State*>(states) + matrix * K * V_;
+  // After this thread's copies.
+  __device__ __forceinline__ void take(char* place) {
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) store_neighbours<State>(to, offset(i, first + slice_ * kSliceWidth, V_), s_[i]);
+    for (int i = 0; i < kSteps; ++i) load_neighbours<State>(own_place(place, i), 0, s_[i]);
+  }
+
+  // Before the copies of a matrix may begin, by the CTA that has part number `part` of it: its share of the bytes, which lie
+  // next to each other.
+  __device__ __forceinline__ static void hint_at(const void* states, int64_t matrix, int V, int part) {
+    const char* const from =
+        static_cast<const char*>(states) + matrix * K * V * static_cast<int>(sizeof(State)) + part * kPlaceBytes;
+#pragma unroll
+    for (int at = 0; at < kPlaceBytes; at += 128 * kThreads)
+      if (const int own = at + 128 * static_cast<int>(threadIdx.x); own < kPlaceBytes) hint(from + own);
+  }
+
+  __device__ __forceinline__ void store(void* states, int64_t matrix) const {
+    State* const to = static_cast<State*>(states) + matrix * K * V_ + own_;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) store_whole<State>(to + i * pitch(), s_[i]);
   }
 
   // One token, whose `values` of these channels lie in shared memory. All threads of the CTA come here together. `out` is
-  // called once for each channel of the slice, with the channel and its output. `count` is that of tokens before.
+  // called once for each channel, with the channel and its output.
   template <class Output>
-  __device__ __forceinline__ void step(const Token<K>& token, const float* values, int count, const Output& out) {
+  __device__ __forceinline__ void step(const Token<K>& token, const float* values, const Output& out) {
     if constexpr (kValuesFirst) {
       step_values_first(token, values, out);
     } else {
-      step_keys_first(token, values, count, out);
+      step_keys_first(token, values, out);
     }
   }
 
  private:
-  static constexpr int kSteps = K / 16;
-  static constexpr int kLanes = kValuesFirst ? K / 4 : kSliceWidth / 4;  // of a row
-  static constexpr int kRows = 32 / kLanes;                              // that a warp has at a time
+  static constexpr int kSteps = K * kWidth / (4 * kThreads);        // rows that a thread has
+  static constexpr int kLanes = kValuesFirst ? K / 4 : kWidth / 4;  // of a row
+  static constexpr int kRows = 32 / kLanes;                         // that a warp has at a time
 
-  // Elements from a matrix's first to this thread's four of step i. `first`: of the value channels of this slice, of `width`.
-  __device__ __forceinline__ int offset(int i, int first, int width) const {
-    const int row = lane_ / kLanes, column = lane_ % kLanes * 4;
-    return kValuesFirst ? (first + warp_ * 8 + i * kRows + row) * K + column
-                        : (i * 16 + warp_ * 4 + row) * width + first + column;
+  static constexpr int kThreadRows = kThreads / kLanes;  // that the CTA has at a time
+
+  // This thread's first row. With values first its rows follow each other; key channels are kThreadRows apart, so that those
+  // which the CTA asks for at a time do.
+  __device__ __forceinline__ int first_row() const {
+    return (warp_ * kRows + lane_ / kLanes) * (kValuesFirst ? kSteps : 1);
   }
-
-  // Calls `f` for this thread's share of all slices' states, 16 bytes at a time: with the bytes before them, and where they are.
-  template <class Function>
-  __device__ __forceinline__ void for_chunks(const void* states, int64_t matrix, int first, const Function& f) const {
-    constexpr int kState = sizeof(State), kThreads = kSlices * kSliceThreads;
-    constexpr int kRow = (kValuesFirst ? K : kSlices * kSliceWidth) * kState / 16;  // chunks
-    static_assert(kThreads % kRow == 0 && kPlaceBytes % (16 * kThreads) == 0);
-    const int row = static_cast<int>(threadIdx.x) / kRow, pitch = (kValuesFirst ? K : V_) * kState;
-    const char* from = static_cast<const char*>(states) +
-                       (matrix * K * V_ + (kValuesFirst ? first * K : first)) * kState + row * pitch +
-                       static_cast<int>(threadIdx.x) % kRow * 16;
-#pragma unroll
-    for (int i = 0; i < kPlaceBytes / (16 * kThreads); ++i, from += kThreads / kRow * pitch)
-      f(16 * (i * kThreads + static_cast<int>(threadIdx.x)), from);
+  __device__ __forceinline__ int column() const { return lane_ % kLanes * 4; }
+  __device__ __forceinline__ int pitch() const { return kValuesFirst ? K : kThreadRows * V_; }
+  __device__ __forceinline__ char* own_place(char* place, int i) const {
+    return place + (i * kThreads + static_cast<int>(threadIdx.x)) * 4 * static_cast<int>(sizeof(State));
   }
 
   // Of a value channel, whose value and sums with k and q these are.
@@ -274,55 +269,64 @@ class Slice {
 
   template <class Output>
   __device__ __forceinline__ void step_values_first(const Token<K>& token, const float* values, const Output& out) {
-    const int column = lane_ % kLanes * 4;
-    const float4 d = *reinterpret_cast<const float4*>(token.decay + column);
-    const float4 k = *reinterpret_cast<const float4*>(token.key + column);
-    const float4 q = *reinterpret_cast<const float4*>(token.query + column);
+    const float4 k = *reinterpret_cast<const float4*>(token.key + column());
     float sums[2 * kSteps];  // a and b of each row
+    {
+      const float4 d = *reinterpret_cast<const float4*>(token.decay + column());
+      const float4 q = *reinterpret_cast<const float4*>(token.query + column());
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      float (&s)[4] = s_[i];
-      s[0] = fmaf(s[0], d.x, s[0]), s[1] = fmaf(s[1], d.y, s[1]);
-      s[2] = fmaf(s[2], d.z, s[2]), s[3] = fmaf(s[3], d.w, s[3]);
-      sums[2 * i] = fmaf(s[0], k.x, s[1] * k.y) + fmaf(s[2], k.z, s[3] * k.w);
-      sums[2 * i + 1] = fmaf(s[0], q.x, s[1] * q.y) + fmaf(s[2], q.z, s[3] * q.w);
+      for (int i = 0; i < kSteps; ++i) {
+        float (&s)[4] = s_[i];
+        s[0] = fmaf(s[0], d.x, s[0]), s[1] = fmaf(s[1], d.y, s[1]);
+        s[2] = fmaf(s[2], d.z, s[2]), s[3] = fmaf(s[3], d.w, s[3]);
+        sums[2 * i] = fmaf(s[0], k.x, s[1] * k.y) + fmaf(s[2], k.z, s[3] * k.w);
+        sums[2 * i + 1] = fmaf(s[0], q.x, s[1] * q.y) + fmaf(s[2], q.z, s[3] * q.w);
+      }
     }
-    // Summed over a row's lanes, each of which keeps half of the sums it has left: in the end, those with lane / 4 = i
-    // have a of step i, or b where bit 1 is set.
+    // Summed over a row's lanes, each of which keeps half of the sums it has left: in the end, those with
+    // lane / (2 kKind) = i have a of row i, or b where bit kKind is set.
+    constexpr int kKind = kLanes / (2 * kSteps);
+    static_assert(kKind > 0);
     halve<kSteps>(sums, kLanes / 2);
-    const float own = sums[0] + __shfl_xor_sync(0xffffffffu, sums[0], 1);
-    const float partner = __shfl_xor_sync(0xffffffffu, own, 2);
-    const float a = lane_ & 2 ? partner : own, b = lane_ & 2 ? own : partner;
-    const int channel = warp_ * 8 + lane_ % kLanes / 4 * kRows + lane_ / kLanes;
+    float own = sums[0];
+#pragma unroll
+    for (int other = kKind / 2; other > 0; other /= 2) own += __shfl_xor_sync(0xffffffffu, own, other);
+    const float partner = __shfl_xor_sync(0xffffffffu, own, kKind);
+    const float a = lane_ & kKind ? partner : own, b = lane_ & kKind ? own : partner;
+    const int channel = first_row() + lane_ % kLanes / (2 * kKind);
     const float u = update_of(token, values[channel], a);
-    if ((lane_ & 3) == 0) out(channel, output_of(token, u, b));
+    if (lane_ % (2 * kKind) == 0) out(channel, output_of(token, u, b));
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const float ui = __shfl_sync(0xffffffffu, u * token.key_factor, lane_ / kLanes * kLanes + 4 * i);
+      const float ui = __shfl_sync(0xffffffffu, u * token.key_factor, lane_ / kLanes * kLanes + 2 * kKind * i);
       s_[i][0] = fmaf(ui, k.x, s_[i][0]), s_[i][1] = fmaf(ui, k.y, s_[i][1]);
       s_[i][2] = fmaf(ui, k.z, s_[i][2]), s_[i][3] = fmaf(ui, k.w, s_[i][3]);
     }
   }
 
   template <class Output>
-  __device__ __forceinline__ void step_keys_first(const Token<K>& token, const float* values, int count,
-                                                  const Output& out) {
-    const int row = warp_ * 4 + lane_ / kLanes, column = lane_ % kLanes * 4;
-    float sums[8] = {};  // a of four channels, then b
+  __device__ __forceinline__ void step_keys_first(const Token<K>& token, const float* values, const Output& out) {
+    const int row = first_row() * kSteps;  // in Token
+    float sums[8] = {};                    // a of four channels, then b
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const float d = token.decay[16 * i + row], k = token.key[16 * i + row], q = token.query[16 * i + row];
+    for (int i = 0; i < kSteps; i += 4) {
+      float d[4], k[4], q[4];
+      load_neighbours<float>(token.decay, row + i, d);
+      load_neighbours<float>(token.key, row + i, k);
+      load_neighbours<float>(token.query, row + i, q);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        s_[i][j] = fmaf(s_[i][j], d, s_[i][j]);
-        sums[j] = fmaf(s_[i][j], k, sums[j]);
-        sums[4 + j] = fmaf(s_[i][j], q, sums[4 + j]);
-      }
+      for (int at = 0; at < 4; ++at)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float& s = s_[i + at][j];
+          s = fmaf(s, d[at], s);
+          sums[j] = fmaf(s, k[at], sums[j]);
+          sums[4 + j] = fmaf(s, q[at], sums[4 + j]);
+        }
     }
-    // Over the warp's four rows: bit 4 of a lane then tells whether it has a or b, bit 3 which two channels.
+    // Over the rows of the warp: bit 4 of a lane then tells whether it has a or b, bit 3 which two channels.
 #pragma unroll
-    for (int level = 0; level < 2; ++level) {
-      const int n = 4 >> level, other = 16 >> level;
+    for (int n = 4, other = 16; other >= kLanes; n /= 2, other /= 2) {
       const bool upper = (lane_ & other) != 0;
 #pragma unroll
       for (int j = 0; j < n; ++j) {
@@ -330,31 +334,45 @@ class Slice {
         sums[j] = kept + __shfl_xor_sync(0xffffffffu, given, other);
       }
     }
-    // Two places in turn: who is late with a token still reads the one while others write the other.
-    float* const place = exchange_ + count % 2 * (4 * 2 * kSliceWidth);
-    float* const mine = place + (warp_ * 2 + (lane_ >> 4)) * kSliceWidth + column + (lane_ >> 3 & 1) * 2;
-    mine[0] = sums[0];
-    mine[1] = sums[1];
+    if constexpr (kRows == 1) {
+      *reinterpret_cast<float4*>(&exchange_.sums[warp_][0][column()]) = {sums[0], sums[1], sums[2], sums[3]};
+      *reinterpret_cast<float4*>(&exchange_.sums[warp_][1][column()]) = {sums[4], sums[5], sums[6], sums[7]};
+    } else if constexpr (kRows == 2) {
+      *reinterpret_cast<float4*>(&exchange_.sums[warp_][lane_ >> 4][column()]) = {sums[0], sums[1], sums[2], sums[3]};
+    } else {
+      *reinterpret_cast<float2*>(&exchange_.sums[warp_][lane_ >> 4][column() + (lane_ >> 3 & 1) * 2]) = {sums[0],
+                                                                                                         sums[1]};
+    }
     __syncthreads();
-    const auto sum_of = [&](int kind, int channel) {
+    // Over the warps: half of a warp adds up a of 16 channels, the other half b.
+    if (warp_ < kWidth / 16) {
+      const int channel = warp_ * 16 + (lane_ & 15);
       float sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) sum += place[(w * 2 + kind) * kSliceWidth + channel];
-      return sum;
-    };
-    if (warp_ == count % 4) {
-      out(lane_, output_of(token, update_of(token, values[lane_], sum_of(0, lane_)), sum_of(1, lane_)));
+      for (int w = 0; w < kWarps; ++w) sum += exchange_.sums[w][lane_ >> 4][channel];
+      const float b = __shfl_down_sync(0xffffffffu, sum, 16);
+      if (lane_ < 16) {
+        const float u = update_of(token, values[channel], sum);
+        exchange_.updates[channel] = u * token.key_factor;
+        out(channel, output_of(token, u, b));
+      }
     }
+    __syncthreads();
+    float u[4];
+    load_neighbours<float>(exchange_.updates, column(), u);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float u = update_of(token, values[column + j], sum_of(0, column + j)) * token.key_factor;
+    for (int i = 0; i < kSteps; i += 4) {
+      float k[4];
+      load_neighbours<float>(token.key, row + i, k);
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) s_[i][j] = fmaf(u, token.key[16 * i + row], s_[i][j]);
+      for (int at = 0; at < 4; ++at)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) s_[i + at][j] = fmaf(u[j], k[at], s_[i + at][j]);
     }
   }
 
-  float* const exchange_;
-  const int V_, slice_, warp_, lane_;
+  Exchange& exchange_;
+  const int V_, warp_, lane_, own_;  // own_: elements from a matrix's first to this thread's first ones
   float s_[kSteps][4];
 };
 
