@@ -54,10 +54,19 @@ def run(
 
 
 def run_recurrent(
-    dtype: torch.dtype, K: int, V: int, gate: str, lengths: list[int] | None, state_v_first: bool, state: torch.dtype
+    dtype: torch.dtype,
+    K: int,
+    V: int,
+    gate: str,
+    lengths: list[int] | None,
+    state_v_first: bool,
+    state: torch.dtype,
+    sequences: int = 3,
 ) -> None:
-    """A few tokens: into states of their own, and in place in a pool, of which one sequence has no row."""
-    B, T, H, HV = (3, 2, 1, 2) if lengths is None else (1, sum(lengths) + 3, 1, 2)
+    """A few tokens: into states of their own, and in place in a pool, of which one sequence has no row.
+
+    `sequences`: how many, where they are dense."""
+    B, T, H, HV = (sequences, 2, 1, 2) if lengths is None else (1, sum(lengths) + 3, 1, 2)
     N = B if lengths is None else len(lengths)
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -88,9 +97,9 @@ def run_recurrent(
 
 
 def run_step(
-    dtype: torch.dtype, K: int, V: int, width: int, state_v_first: bool, state: torch.dtype, B: int = 3
+    dtype: torch.dtype, K: int, V: int, width: int, state_v_first: bool, state: torch.dtype, HV: int, B: int = 3
 ) -> None:
-    H, HV = 1, 2
+    H = 1
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape).to(dtype).cuda()
@@ -143,10 +152,12 @@ def main() -> None:
     ):
         for gate, lengths in zip(GATES[:3], (None, [1, 0, 33, 16, 17], [1, 1, 1]), strict=True):
             run_recurrent(dtype, K, V, gate, lengths, v_first, state)
-        run_step(dtype, K, V, 4 if v_first else 3, v_first, state)
-    for v_first in (False, True):  # more than a GPU has SMs, so that a CTA has several
-        run_recurrent(torch.bfloat16, 128, 128, "safe", [1, 0, 2] * 80, v_first, torch.float32)
-        run_step(torch.bfloat16, 128, 128, 4, v_first, torch.float32, B=300)
+        for HV in (1, 2):
+            run_step(dtype, K, V, 4 if v_first else 3, v_first, state, HV)
+    for v_first, lengths in itertools.product(
+        (False, True), (None, [1, 0, 2] * 80)
+    ):  # so many that a CTA has more channels
+        run_recurrent(torch.bfloat16, 128, 128, "safe", lengths, v_first, torch.float32, sequences=240)
     for dtype, (K, V), gate, lengths in itertools.product(DTYPES, WIDTHS, GATES, LENGTHS):
         run(dtype, K, V, gate, lengths, state_v_first=dtype == torch.float16)
     for (K, V), v_first in zip(WIDTHS, (False, True, True, False), strict=True):  # states are composed

@@ -758,8 +758,8 @@ def check_step(x, rows=None, **others):
 @pytest.mark.parametrize("v_first", [False, True])
 def test_step(v_first, W, widths, dtype):
     K, V = widths
-    for state, bound in itertools.product(STATES, (-5.0, None)):
-        check_step(step_arguments(dtype, state, K=K, V=V, W=W, v_first=v_first, lower_bound=bound))
+    for state, bound, H in itertools.product(STATES, (-5.0, None), (4, 2)):  # value heads of their own, and shared ones
+        check_step(step_arguments(dtype, state, K=K, V=V, W=W, v_first=v_first, lower_bound=bound, H=H, HV=4))
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (1, 3), (2, 8), (32, 32)])
