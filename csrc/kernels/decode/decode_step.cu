@@ -7,9 +7,10 @@ namespace {
 
 template <class Element, int K, int V, bool kValuesFirst, class State, bool kGrouped>
 cudaError_t launch_step(const DecodeStepParams& params, cudaStream_t stream) {
+  constexpr int kBytes = sizeof(StepSmem<Element, K, V, kValuesFirst, State>);
+  static_assert(kStepCtas<kGrouped> * (kBytes + kSmemOfSystem) <= kSmemOfSm);
   return launch<decode_step<Element, K, V, kValuesFirst, State, kGrouped>>(
-      dim3(static_cast<unsigned>(params.N) * params.H), 1, kStepThreads,
-      sizeof(StepSmem<Element, K, V, kValuesFirst, State>), true, stream, params);
+      dim3(static_cast<unsigned>(params.N) * params.H), 1, kStepThreads, kBytes, true, stream, params);
 }
 
 template <class Element, int K, int V, bool kValuesFirst, class State>

@@ -16,6 +16,7 @@ int64_t items_of(const RecurrentParams& params, int width) {
 template <class Element, int K, int kWidth, bool kValuesFirst, class State, bool kFew>
 cudaError_t launch_recurrent(const RecurrentParams& params, cudaStream_t stream) {
   using Smem = RecurrentSmem<Element, K, kWidth, kValuesFirst, State>;
+  static_assert(kRecurrentCtas<kFew> * (Smem::bytes(1) + kSmemOfSystem) <= kSmemOfSm);
   return launch<recurrent<Element, K, kWidth, kValuesFirst, State, kFew>, Smem::bytes(kMostTokensAtATime)>(
       dim3(items_of(params, kWidth)), 1, kRecurrentThreads, Smem::bytes(params.tokens_at_a_time), true, stream, params);
 }
