@@ -96,10 +96,8 @@ def run_recurrent(
         assert all(x.cpu().isfinite().all() for x in results)
 
 
-def run_step(
-    dtype: torch.dtype, K: int, V: int, width: int, state_v_first: bool, state: torch.dtype, HV: int, B: int = 3
-) -> None:
-    H = 1
+def run_step(dtype: torch.dtype, K: int, V: int, width: int, state_v_first: bool, state: torch.dtype, HV: int) -> None:
+    B, H = 3, 1
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape).to(dtype).cuda()
@@ -154,9 +152,8 @@ def main() -> None:
             run_recurrent(dtype, K, V, gate, lengths, v_first, state)
         for HV in (1, 2):
             run_step(dtype, K, V, 4 if v_first else 3, v_first, state, HV)
-    for v_first, lengths in itertools.product(
-        (False, True), (None, [1, 0, 2] * 80)
-    ):  # so many that a CTA has more channels
+    # So many sequences that a CTA has more value channels.
+    for v_first, lengths in itertools.product((False, True), (None, [1, 0, 2] * 80)):
         run_recurrent(torch.bfloat16, 128, 128, "safe", lengths, v_first, torch.float32, sequences=240)
     for dtype, (K, V), gate, lengths in itertools.product(DTYPES, WIDTHS, GATES, LENGTHS):
         run(dtype, K, V, gate, lengths, state_v_first=dtype == torch.float16)

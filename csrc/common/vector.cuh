@@ -64,7 +64,7 @@ __device__ __forceinline__ void store_neighbours(void* base, int64_t index, cons
   for (int i = 0; i < kVectors; ++i) to[i] = vectors[i];
 }
 
-// Stores four neighbours, in one piece whatever registers they are in: a row in pieces takes several times as long.
+// Stores four neighbours in one piece, which the compiler does not where registers are scarce.
 template <class T>
 __device__ __forceinline__ void store_whole(T* to, const float (&x)[4]) {
   uint32_t words[sizeof(T)];
