@@ -62,11 +62,12 @@ def run_recurrent(
     state_v_first: bool,
     state: torch.dtype,
     sequences: int = 3,
+    tokens: int = 2,
 ) -> None:
     """A few tokens: into states of their own, and in place in a pool, of which one sequence has no row.
 
-    `sequences`: how many, where they are dense."""
-    B, T, H, HV = (sequences, 2, 1, 2) if lengths is None else (1, sum(lengths) + 3, 1, 2)
+    `sequences`, `tokens`: how many sequences there are, and tokens of each, where they are dense."""
+    B, T, H, HV = (sequences, tokens, 1, 2) if lengths is None else (1, sum(lengths) + 3, 1, 2)
     N = B if lengths is None else len(lengths)
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -96,8 +97,17 @@ def run_recurrent(
         assert all(x.cpu().isfinite().all() for x in results)
 
 
-def run_step(dtype: torch.dtype, K: int, V: int, width: int, state_v_first: bool, state: torch.dtype, HV: int) -> None:
-    B, H = 3, 1
+def run_step(
+    dtype: torch.dtype,
+    K: int,
+    V: int,
+    width: int,
+    state_v_first: bool,
+    state: torch.dtype,
+    HV: int,
+    sequences: int = 3,
+) -> None:
+    B, H = sequences, 1
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape).to(dtype).cuda()
@@ -152,9 +162,11 @@ def main() -> None:
             run_recurrent(dtype, K, V, gate, lengths, v_first, state)
         for HV in (1, 2):
             run_step(dtype, K, V, 4 if v_first else 3, v_first, state, HV)
-    # So many sequences that a CTA has more value channels.
-    for v_first, lengths in itertools.product((False, True), (None, [1, 0, 2] * 80)):
-        run_recurrent(torch.bfloat16, 128, 128, "safe", lengths, v_first, torch.float32, sequences=240)
+    # So many sequences that CTAs hint at what later ones need, and, but for one token, have more value channels.
+    for v_first, state in itertools.product((False, True), (torch.float32, torch.bfloat16)):
+        for lengths, tokens in ((None, 1), (None, 2), ([1, 0, 2] * 80, 0), ([3, 0, 2] * 80, 0)):
+            run_recurrent(torch.bfloat16, 128, 128, "safe", lengths, v_first, state, sequences=240, tokens=tokens)
+        run_step(torch.bfloat16, 128, 128, 4, v_first, state, HV=2, sequences=240)
     for dtype, (K, V), gate, lengths in itertools.product(DTYPES, WIDTHS, GATES, LENGTHS):
         run(dtype, K, V, gate, lengths, state_v_first=dtype == torch.float16)
     for (K, V), v_first in zip(WIDTHS, (False, True, True, False), strict=True):  # states are composed

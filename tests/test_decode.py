@@ -56,7 +56,8 @@ def check(inputs):
 
 
 def values_first(inputs):
-    others = {"initial_state": inputs["initial_state"].mT.contiguous()} if "initial_state" in inputs else {}
+    state = inputs.get("initial_state")
+    others = {} if state is None else {"initial_state": state.mT.contiguous()}
     return inputs | {"state_v_first": True} | others
 
 
@@ -171,9 +172,37 @@ def test_packed(lengths, spare, integer, dtype):
 
 
 @pytest.mark.parametrize("v_first", [False, True])
-def test_many_sequences(v_first):
-    for inputs in (arguments(256, 1, 2, 4), packed(torch.randint(0, 3, (4096,)).tolist(), K=64, V=64, H=1, HV=2)):
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_many_sequences(widths, state, v_first):
+    others = {"state": state, **dict(zip("KV", widths, strict=True))}
+    for inputs in (
+        arguments(400, 1, 2, 4, **others),
+        arguments(400, 2, 2, 4, **others),
+        arguments(400, 1, 3, 3, **others) | {"initial_state": None},
+        packed(torch.randint(0, 3, (4096,)).tolist(), H=1, HV=2, **others),
+        packed([3, *torch.randint(0, 6, (1000,)).tolist()], H=1, HV=2, **others),
+    ):
         check(values_first(inputs) if v_first else inputs)
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("T", [1, 2])
+def test_many_sequences_of_a_pool(T, state, v_first):
+    """Rows in any order, some without one: those of the others stay what they are."""
+    inputs = arguments(400, T, 2, 4, N=500, state=state)
+    inputs = values_first(inputs) if v_first else inputs
+    before = inputs["initial_state"].clone()
+    indices = torch.randperm(500, device=DEVICE)[:400]
+    has_row = torch.rand(400, device=DEVICE) < 0.9
+    expected = exact(inputs | {"initial_state": before[indices]})
+    o, pool = kernel(inputs, state_indices=torch.where(has_row, indices, -1))
+    assert error(o[has_row], expected[0][has_row]) <= OUTPUT_BOUNDS[o.dtype] and not o[~has_row].any()
+    assert error(pool[indices[has_row]], expected[1][has_row]) <= STATE_BOUNDS[state]
+    unused = torch.ones(500, dtype=torch.bool, device=DEVICE)
+    unused[indices[has_row]] = False
+    assert torch.equal(pool[unused], before[unused])
 
 
 def test_more_sequences_than_a_grid_takes():

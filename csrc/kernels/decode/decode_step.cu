@@ -5,18 +5,12 @@ namespace kda {
 
 namespace {
 
-template <class Element, int K, int V, bool kValuesFirst, class State, bool kGrouped>
-cudaError_t launch_step(const DecodeStepParams& params, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(StepSmem<Element, K, V, kValuesFirst, State>);
-  static_assert(kStepCtas<kGrouped> * (kBytes + kSmemOfSystem) <= kSmemOfSm);
-  return launch<decode_step<Element, K, V, kValuesFirst, State, kGrouped>>(
-      dim3(static_cast<unsigned>(params.N) * params.H), 1, kStepThreads, kBytes, true, stream, params);
-}
-
 template <class Element, int K, int V, bool kValuesFirst, class State>
 cudaError_t launch_step(const DecodeStepParams& params, cudaStream_t stream) {
-  return params.HV == params.H ? launch_step<Element, K, V, kValuesFirst, State, false>(params, stream)
-                               : launch_step<Element, K, V, kValuesFirst, State, true>(params, stream);
+  constexpr int kBytes = sizeof(StepSmem<Element, K, V, kValuesFirst, State>);
+  static_assert(kStepCtas * (kBytes + kSmemOfSystem) <= kSmemOfSm);
+  return launch<decode_step<Element, K, V, kValuesFirst, State>>(dim3(static_cast<unsigned>(params.N) * params.H), 1,
+                                                                 kStepThreads, kBytes, true, stream, params);
 }
 
 template <class Element, int K, int V, bool kValuesFirst>

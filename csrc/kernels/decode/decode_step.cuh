@@ -3,7 +3,7 @@
 // Data flow
 //   1. Each thread has a channel of q, k or v: the last inputs from the convolution's state, the new one, their sum, SiLU,
 //      into shared memory; and the state one input further back where it was. Or one of g, whose decay it makes. The recurrent
-//      state is on its way to registers meanwhile (`Slice`).
+//      state is on its way to shared memory meanwhile (`Slice`).
 //   2. The last warp finds the norms of q and k, beside the recurrence's first half, which does without them.
 //   3. The recurrent state back to memory, and the norm of the output over all threads.
 // Value heads that share a head of q and k come one after the other, and q and k are made for the first one: no other CTA has
@@ -20,9 +20,11 @@ constexpr int kWidestConv = 4;
 
 constexpr int kStepThreads = 256;
 
-// An SM. Two leave 128 registers a thread, which is not enough where value heads share a head of q and k.
-template <bool kGrouped>
-constexpr int kStepCtas = kGrouped ? 1 : 2;
+constexpr int kStepCtas = 2;  // an SM, which shared memory and 128 registers a thread leave room for
+
+// A CTA brings what a later one will need into L2: one for this many SMs further. That is soon, since L2 also has to hold what
+// all CTAs of the moment read and write.
+constexpr int kHintedPart = 2;
 
 template <class Element, int K, int V, bool kValuesFirst, class State>
 struct StepSmem {
@@ -32,7 +34,7 @@ struct StepSmem {
   float values[V], outputs[V];
   alignas(16) Element output_gate[V];
   alignas(16) float norm_weight[V];  // or narrower
-  typename Slice<K, V, kStepThreads, kValuesFirst, State>::Exchange exchange;
+  typename Slice<K, V, kStepThreads, kValuesFirst, State, false>::Exchange exchange;
 };
 
 // Of a channel, the last inputs or the weights of the convolution as they lie in memory, oldest first and at the end.
@@ -90,14 +92,17 @@ struct StepChannel {
     to = static_cast<int64_t>(kind * p.H) * K + weight_at;
   }
 
-  // Before `load` may begin.
-  __device__ __forceinline__ void hint_at(const DecodeStepParams& p, int at, int64_t row) const {
-    if (at % 16 == 0) hint(static_cast<const char*>(x_from) + x_at * size_of(at >= 2 * K + V ? p.g_dtype : p.dtype));
-    if (at % 4 != 0) return;
-    if (at >= 2 * K + V) {
-      if (p.dt_bias != nullptr) hint(static_cast<const char*>(weight_from) + weight_at * size_of(p.parameter_dtype));
+  // Before `load` may begin, by channels 8 apart: 64 bytes of a convolution's state, or 128. Its weights are the same for all
+  // sequences.
+  __device__ __forceinline__ void hint_at(const DecodeStepParams& p, int at, int64_t row, bool with_weights) const {
+    const bool is_g = at >= 2 * K + V;
+    if (at % 32 == 0) hint(static_cast<const char*>(x_from) + x_at * size_of(is_g ? p.g_dtype : p.dtype));
+    if (is_g) {
+      if (with_weights && p.dt_bias != nullptr)
+        hint(static_cast<const char*>(weight_from) + weight_at * size_of(p.parameter_dtype));
     } else {
-      hint(static_cast<const char*>(weight_from) + weight_at * p.conv_width * size_of(p.weight_dtype));
+      if (with_weights)
+        hint(static_cast<const char*>(weight_from) + weight_at * p.conv_width * size_of(p.weight_dtype));
       if (row >= 0)
         hint(static_cast<const char*>(p.conv_state) + (row + to) * p.conv_width * size_of(p.conv_state_dtype));
     }
@@ -143,35 +148,43 @@ struct StepChannel {
   }
 };
 
-template <class Element, int K, int V, bool kValuesFirst, class State, bool kGrouped>
-__global__ void __launch_bounds__(kStepThreads, kStepCtas<kGrouped>)
-    decode_step(const __grid_constant__ DecodeStepParams p) {
+template <class Element, int K, int V, bool kValuesFirst, class State>
+__global__ void __launch_bounds__(kStepThreads, kStepCtas) decode_step(const __grid_constant__ DecodeStepParams p) {
   constexpr int kThreads = kStepThreads, kWarps = kThreads / 32, kAll = 3 * K + V;
   constexpr int kOwn = (kAll + kThreads - 1) / kThreads;  // channels of a thread
   extern __shared__ __align__(16) char smem_bytes[];
   auto& smem = *reinterpret_cast<StepSmem<Element, K, V, kValuesFirst, State>*>(smem_bytes);
-  using OwnSlice = Slice<K, V, kStepThreads, kValuesFirst, State>;
+  using OwnSlice = Slice<K, V, kStepThreads, kValuesFirst, State, false>;
 
   const int64_t channels = static_cast<int64_t>(2 * p.H) * K + p.HV * V;  // of the convolution
+  const int group = p.HV / p.H;
 
-  launch_dependents();
-  if (blockIdx.x < kStepCtas<kGrouped> * p.num_sms) {  // others come when the kernel before this one has ended
-    const int n = blockIdx.x / p.H, key_head = blockIdx.x % p.H, head = key_head * (p.HV / p.H);
-    const int row = row_for_hint(p, n);
+  // Brings what value head `member` of item `index` needs into L2, with row `row` of the states, -1 for none.
+  const auto hint_item = [&](int index, int member, int row, bool with_weights) {
+    const int n = index / p.H, key_head = index % p.H, head = key_head * group + member;
     if (row >= 0) OwnSlice::hint_at(p.initial_state, static_cast<int64_t>(row) * p.HV + head, V, 0);
+    if (threadIdx.x / 32 != 2) return;  // warps before it and the last one have more to do
 #pragma unroll 1
-    for (int at = threadIdx.x; at < kAll; at += kThreads) {
+    for (int at = 8 * (threadIdx.x & 31) + (member > 0 ? 2 * K : 0); at < kAll; at += 8 * 32) {
       StepChannel<K, V> own;
       own.find(p, at, n, key_head, head);
-      own.hint_at(p, at, row * channels);
+      own.hint_at(p, at, row * channels, with_weights);
     }
-  }
+  };
+
+  launch_dependents();
+  const int resident = kStepCtas * p.num_sms;
+  if (blockIdx.x < resident)  // others come when the kernel before this one has ended, with hints from earlier CTAs
+    hint_item(blockIdx.x, 0, row_for_hint(p, blockIdx.x / p.H), true);
 
 #pragma unroll 1
-  for (int member = 0; member < (kGrouped ? p.HV / p.H : 1); ++member) {
+  for (int member = 0; member < group; ++member) {
     if (member > 0) __syncthreads();  // nobody needs what is in shared memory
-    const int thread = threadIdx.x, n = blockIdx.x / p.H, key_head = blockIdx.x % p.H;
-    const int head = key_head * (p.HV / p.H) + member;
+    // Unknown to the compiler: it would keep what follows from them for the next member, in registers that there are not.
+    int thread = threadIdx.x, index = blockIdx.x;
+    asm volatile("" : "+r"(thread), "+r"(index));
+    const int n = index / p.H, key_head = index % p.H;
+    const int head = key_head * group + member;
     const int warp = thread / 32, lane = thread & 31;
     OwnSlice state(smem.exchange, V, 0, thread);
     StepChannel<K, V> own[kOwn];
@@ -204,6 +217,10 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas<kGrouped>)
       copy_async(reinterpret_cast<char*>(smem.norm_weight), p.norm_weight, V * size_of(p.weight_dtype), lane, 32);
     if (thread == 0) smem.matrix = matrix, smem.out = out;
     commit_copies();
+    if (const int next = index + p.num_sms / kHintedPart; member + 1 == group && next >= resident && next < p.N * p.H) {
+      const Integer its_row = load_row(p, next / p.H);
+      hint_item(next, 0, its_row.is_below(p.rows, p.state_indices_is_int64) ? its_row.low : -1, false);
+    }
 
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -211,21 +228,21 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas<kGrouped>)
       if (at >= kAll || (member > 0 && at < 2 * K)) continue;
       const StepChannel<K, V>& mine = own[i];
       if (at >= 2 * K + V) {
-        smem.token.decay[OwnSlice::place_of(at - (2 * K + V))] =
-            decay_of(p, mine.x, {mine.inputs.words[0]}, {mine.inputs.words[1]});
+        smem.token.decay[at - (2 * K + V)] = decay_of(p, mine.x, {mine.inputs.words[0]}, {mine.inputs.words[1]});
         continue;
       }
-      (at < K       ? smem.token.query[OwnSlice::place_of(at)]
-       : at < 2 * K ? smem.token.key[OwnSlice::place_of(at - K)]
+      (at < K       ? smem.token.query[at]
+       : at < 2 * K ? smem.token.key[at - K]
                     : smem.values[at - 2 * K]) = mine.template convolve<Element>(p);
     }
     __syncthreads();
     if (warp == kWarps - 1) sum_up(p, smem.token.query, smem.token.key, beta.as(p.beta_dtype), smem.token);
     if (kValuesFirst) __syncthreads();  // else `step` has a barrier before it needs the norms
     wait_for_copies<0>();
-    state.take(smem.state);
-    state.step(smem.token, smem.values, [&](int channel, float o) { smem.outputs[channel] = rounded<Element>(o); });
-    state.store(p.final_state, smem.matrix);
+    if (!OwnSlice::kOwnCopies) __syncthreads();
+    if (member + 1 < group) hint_item(index, member + 1, own_row.low, false);
+    const auto output = [&](int channel, float o) { smem.outputs[channel] = rounded<Element>(o); };
+    state.step_once(smem.token, smem.values, smem.state, p.final_state, smem.matrix, output);
     __syncthreads();
     if (thread < V) {
       float squares = 0.0f;

@@ -13,24 +13,34 @@ int64_t items_of(const RecurrentParams& params, int width) {
   return static_cast<int64_t>(params.N) * params.HV * (params.V / width);
 }
 
-template <class Element, int K, int kWidth, bool kValuesFirst, class State, bool kFew>
+template <class Element, int K, int kWidth, bool kValuesFirst, class State, Calls kCalls>
 cudaError_t launch_recurrent(const RecurrentParams& params, cudaStream_t stream) {
-  using Smem = RecurrentSmem<Element, K, kWidth, kValuesFirst, State>;
-  static_assert(kRecurrentCtas<kFew> * (Smem::bytes(1) + kSmemOfSystem) <= kSmemOfSm);
-  return launch<recurrent<Element, K, kWidth, kValuesFirst, State, kFew>, Smem::bytes(kMostTokensAtATime)>(
+  using Smem = RecurrentSmem<Element, K, kWidth, kValuesFirst, State, kCalls>;
+  static_assert(kRecurrentCtas<kCalls, kWidth> * (Smem::bytes(1) + kSmemOfSystem) <= kSmemOfSm);
+  return launch<recurrent<Element, K, kWidth, kValuesFirst, State, kCalls>, Smem::bytes(kMostTokensAtATime)>(
       dim3(items_of(params, kWidth)), 1, kRecurrentThreads, Smem::bytes(params.tokens_at_a_time), true, stream, params);
 }
 
-// Few value channels a CTA where that gives each SM more work, else more: of a state that has keys first, rows of 256 bytes
-// instead of 128.
-template <class Element, int K, bool kValuesFirst, class State>
+template <class Element, int K, int kWidth, bool kValuesFirst, class State>
 cudaError_t launch_recurrent(const RecurrentParams& params, cudaStream_t stream) {
   const bool few = params.cu_seqlens == nullptr && params.T <= kMostTokensAtATime && params.states == nullptr;
-  if (items_of(params, 64) <= 2 * params.num_sms)
-    return few ? launch_recurrent<Element, K, 32, kValuesFirst, State, true>(params, stream)
-               : launch_recurrent<Element, K, 32, kValuesFirst, State, false>(params, stream);
-  return few ? launch_recurrent<Element, K, 64, kValuesFirst, State, true>(params, stream)
-             : launch_recurrent<Element, K, 64, kValuesFirst, State, false>(params, stream);
+  return few ? launch_recurrent<Element, K, kWidth, kValuesFirst, State, Calls::kFew>(params, stream)
+             : launch_recurrent<Element, K, kWidth, kValuesFirst, State, Calls::kAny>(params, stream);
+}
+
+// Few value channels a CTA where that gives each SM work, and where one token leaves little to do for a CTA, so that many small
+// ones copy best; more where they are at once all that there are, or where all of them would make the same tokens.
+template <class Element, int K, bool kValuesFirst, class State>
+cudaError_t launch_recurrent(const RecurrentParams& params, cudaStream_t stream) {
+  const int64_t items = items_of(params, 64);
+  const bool many = params.tokens_at_a_time == 1 && items > kRecurrentCtas<Calls::kFew, 64> * params.num_sms;
+  if constexpr (sizeof(State) == 2) {
+    const bool one = params.cu_seqlens == nullptr && params.T == 1 && params.states == nullptr;
+    if (many && one && params.initial_state != nullptr)
+      return launch_recurrent<Element, K, 64, kValuesFirst, State, Calls::kOne>(params, stream);
+  }
+  return many || items <= 2 * params.num_sms ? launch_recurrent<Element, K, 32, kValuesFirst, State>(params, stream)
+                                             : launch_recurrent<Element, K, 64, kValuesFirst, State>(params, stream);
 }
 
 template <class Element, int K, bool kValuesFirst>

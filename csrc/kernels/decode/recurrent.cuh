@@ -1,8 +1,8 @@
-// The recurrence over a few tokens: a CTA has 32 or 64 value channels of a head and a sequence.
+// The recurrence over a few tokens: a CTA, an item, has 32 or 64 value channels of a head and a sequence.
 //
 // Data flow: the state goes from global memory through shared memory into registers and back, once, however many tokens there
 // are (`Slice`). While it is on its way, all threads make of the tokens what they need of them, in shared memory (`Token`).
-// What hides a CTA's latency is the CTAs beside it: half of an SM's registers hold states.
+// What hides a CTA's latency is the CTAs beside it, and that CTAs before it have brought what it reads into L2.
 #pragma once
 
 #include "api/decode.h"
@@ -15,10 +15,31 @@ constexpr int kMostTokensAtATime = 16;
 
 constexpr int kRecurrentThreads = 128;
 
-// An SM, if shared memory allows: 128 registers a thread, or 168. kFew: dense, with at most kMostTokensAtATime tokens, and no
-// states between them.
-template <bool kFew>
-constexpr int kRecurrentCtas = kFew ? 4 : 3;
+enum class Calls {
+  kAny,
+  kFew,  // dense, with at most kMostTokensAtATime tokens, and no states between them
+  kOne,  // one such token, and a state before it, which stays in shared memory
+};
+
+// An SM, if shared memory allows: so that no register is spilled.
+template <Calls kCalls, int kWidth>
+constexpr int kRecurrentCtas = kCalls == Calls::kOne   ? 6
+                               : kCalls == Calls::kFew ? (kWidth == 32 ? 6 : 4)
+                                                       : (kWidth == 32 ? 4 : 3);
+
+// A CTA brings what a later one will need into L2: this many a SM further. That is soon, since L2 also has to hold what all
+// CTAs of the moment read and write.
+constexpr int kHintedAhead = 3;
+
+struct RecurrentItem {
+  int n, head, first;  // value channel
+};
+
+template <int kWidth>
+__device__ __forceinline__ RecurrentItem item_of(const RecurrentParams& p, int index) {
+  const int parts = p.V / kWidth;
+  return {index / parts / p.HV, index / parts % p.HV, index % parts * kWidth};
+}
 
 // What a token brings with it, as it lies in memory.
 template <class Element, int K, int kWidth>
@@ -28,14 +49,14 @@ struct alignas(16) TokenRows {
 };
 
 // Shared memory for so many tokens at a time.
-template <class Element, int K, int kWidth, bool kValuesFirst, class State>
+template <class Element, int K, int kWidth, bool kValuesFirst, class State, Calls kCalls>
 struct RecurrentSmem {
   using Rows = TokenRows<Element, K, kWidth>;
-  using OwnSlice = Slice<K, kWidth, kRecurrentThreads, kValuesFirst, State>;
+  using OwnSlice = Slice<K, kWidth, kRecurrentThreads, kValuesFirst, State, kCalls != Calls::kOne>;
   typename OwnSlice::Exchange exchange;
   int64_t matrix, out;           // of the states and the first output: registers are for the state
   alignas(16) float dt_bias[K];  // or narrower
-  alignas(16) char state[OwnSlice::kPlaceBytes];
+  alignas(128) char state[OwnSlice::kPlaceBytes];
   // Behind it Rows [tokens], Token [tokens], values [tokens][kWidth].
   static __host__ __device__ constexpr int rows() { return sizeof(RecurrentSmem); }
   static __host__ __device__ constexpr int tokens(int tokens) {
@@ -58,6 +79,11 @@ struct RowSource {
     base = static_cast<const char*>(from) + (batch * strides[0] + head * strides[2] + first) * element;
     token = strides[1] * element, bytes = width * element, to = at;
   }
+
+  // At the first token's row, with a warp.
+  __device__ __forceinline__ void hint_at(int lane) const {
+    if (128 * lane < bytes) hint(base + 128 * lane);
+  }
 };
 
 template <class Element, int K, int kWidth>
@@ -75,12 +101,13 @@ __device__ __forceinline__ RowSource row_source(const RecurrentParams& p, int wa
   return source;
 }
 
-template <class Element, int K, int kWidth, bool kValuesFirst, class State, bool kFew>
-__global__ void __launch_bounds__(kRecurrentThreads, kRecurrentCtas<kFew>)
+template <class Element, int K, int kWidth, bool kValuesFirst, class State, Calls kCalls>
+__global__ void __launch_bounds__(kRecurrentThreads, (kRecurrentCtas<kCalls, kWidth>))
     recurrent(const __grid_constant__ RecurrentParams p) {
-  using Smem = RecurrentSmem<Element, K, kWidth, kValuesFirst, State>;
+  using Smem = RecurrentSmem<Element, K, kWidth, kValuesFirst, State, kCalls>;
   using Rows = typename Smem::Rows;
   using OwnSlice = typename Smem::OwnSlice;
+  constexpr bool kFew = kCalls != Calls::kAny;
   constexpr int kThreads = kRecurrentThreads, kWarps = kThreads / 32;
   static_assert(kWarps == 4);  // which copy rows of four kinds
   extern __shared__ __align__(16) char smem_bytes[];
@@ -91,21 +118,22 @@ __global__ void __launch_bounds__(kRecurrentThreads, kRecurrentCtas<kFew>)
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = threadIdx.x & 31;
 
   // What does not need memory comes before the wait, where it costs nothing.
-  const int parts = p.V / kWidth, index = blockIdx.x, first = index % parts * kWidth;
-  const int head = index / parts % p.HV, n = index / parts / p.HV, batch = kFew || p.cu_seqlens == nullptr ? n : 0;
+  const bool is_dense = kFew || p.cu_seqlens == nullptr;
+  const auto [n, head, first] = item_of<kWidth>(p, blockIdx.x);
+  const int batch = is_dense ? n : 0;
   OwnSlice state(smem.exchange, p.V, first, threadIdx.x);
   RowSource source = row_source<Element, K, kWidth>(p, warp, batch, head, first);
-  source.base += 16 * lane, source.to += 16 * lane;
   const bool copies_rows = 16 * lane < source.bytes;
   const int64_t beta_at = batch * p.beta_strides[0] + lane * p.beta_strides[1] + head * p.beta_strides[2];
   const int64_t out = batch * p.out_strides[0] + head * p.out_strides[2] + first;
 
   launch_dependents();
-  if (index < kRecurrentCtas<kFew> * p.num_sms) {  // others come when the kernel before this one has ended
+  const int resident = kRecurrentCtas<kCalls, kWidth> * p.num_sms;
+  if (blockIdx.x < resident) {  // others come when the kernel before this one has ended, with hints from earlier CTAs
     if (const int row = row_for_hint(p, n); row >= 0)
       OwnSlice::hint_at(p.initial_state, static_cast<int64_t>(row) * p.HV + head, p.V, first / kWidth);
-    if (kFew || p.cu_seqlens == nullptr) {
-      if (copies_rows && lane % 2 == 0) hint(source.base);
+    if (is_dense) {
+      source.hint_at(lane);
       if (warp == 0 && lane < p.T) hint(static_cast<const char*>(p.beta) + beta_at * size_of(p.beta_dtype));
     }
     const int bias_at = (head * K + static_cast<int>(threadIdx.x)) * size_of(p.parameter_dtype);
@@ -142,7 +170,8 @@ __global__ void __launch_bounds__(kRecurrentThreads, kRecurrentCtas<kFew>)
     if (copies_rows) {
 #pragma unroll 1
       for (int i = 0; i < count; ++i)
-        copy_async(reinterpret_cast<char*>(rows + i) + source.to, source.base + (token + i) * source.token);
+        copy_async(reinterpret_cast<char*>(rows + i) + source.to + 16 * lane,
+                   source.base + (token + i) * source.token + 16 * lane);
     }
     if (lane < count) beta = load_number(p.beta, beta_at + token * p.beta_strides[1], p.beta_dtype);
   };
@@ -154,11 +183,11 @@ __global__ void __launch_bounds__(kRecurrentThreads, kRecurrentCtas<kFew>)
     if (threadIdx.x < channel_threads) {
 #pragma unroll 2
       for (int i = threadIdx.x; i < count * K; i += channel_threads) {
-        const int token = i / K, channel = i % K, at = OwnSlice::place_of(channel);
+        const int token = i / K, channel = i % K;
         const Number bias = p.dt_bias == nullptr ? Number{0} : load_number(smem.dt_bias, channel, p.parameter_dtype);
-        tokens[token].decay[at] = decay_of(p, load_number(rows[token].g, channel, p.g_dtype), bias, A_log);
-        tokens[token].key[at] = load_float<Element>(rows[token].k, channel);
-        tokens[token].query[at] = load_float<Element>(rows[token].q, channel);
+        tokens[token].decay[channel] = decay_of(p, load_number(rows[token].g, channel, p.g_dtype), bias, A_log);
+        tokens[token].key[channel] = load_float<Element>(rows[token].k, channel);
+        tokens[token].query[channel] = load_float<Element>(rows[token].q, channel);
       }
     }
 #pragma unroll 1
@@ -183,6 +212,15 @@ __global__ void __launch_bounds__(kRecurrentThreads, kRecurrentCtas<kFew>)
   commit_copies();
   if (has_state) state.copy(p.initial_state, matrix, smem.state);
   commit_copies();
+  if (const int index = blockIdx.x + kHintedAhead * p.num_sms; has_state && index >= resident) {
+    const auto next = item_of<kWidth>(p, index);
+    const Integer its_row = next.n < p.N ? load_row(p, next.n) : Integer{-1, -1};
+    if (its_row.is_below(p.rows, p.state_indices_is_int64)) {
+      OwnSlice::hint_at(p.initial_state, static_cast<int64_t>(its_row.low) * p.HV + next.head, p.V,
+                        next.first / kWidth);
+      if (is_dense) row_source<Element, K, kWidth>(p, warp, next.n, next.head, next.first).hint_at(lane);
+    }
+  }
   if (threadIdx.x == 0) smem.matrix = matrix, smem.out = out;
   if (count > 0) {
     make_tokens(count);
@@ -190,28 +228,35 @@ __global__ void __launch_bounds__(kRecurrentThreads, kRecurrentCtas<kFew>)
     __syncthreads();
   }
   wait_for_copies<0>();
-  has_state ? state.take(smem.state) : state.set_to_zero();
+  if (!OwnSlice::kOwnCopies) __syncthreads();
+  if constexpr (kCalls == Calls::kOne) {
+    state.step_once(tokens[0], values, smem.state, p.final_state, smem.matrix,
+                    [&](int channel, float o) { store_value<Element>(p.out, smem.out + channel, o); });
+    return;
+  } else {
+    has_state ? state.take(smem.state) : state.set_to_zero();
 #pragma unroll 1
-  for (int block = start; kFew || block < end; block += p.tokens_at_a_time) {
-    if (!kFew && block > start) {  // a sequence that is longer than most
-      count = min(end - block, p.tokens_at_a_time);
-      __syncthreads();  // the places of the tokens before are free
-      begin_tokens(block, count);
-      commit_copies();
-      commit_copies();
-      make_tokens(count);
-    }
+    for (int block = start; kFew || block < end; block += p.tokens_at_a_time) {
+      if (!kFew && block > start) {  // a sequence that is longer than most
+        count = min(end - block, p.tokens_at_a_time);
+        __syncthreads();  // the places of the tokens before are free
+        begin_tokens(block, count);
+        commit_copies();
+        commit_copies();
+        make_tokens(count);
+      }
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      state.step(tokens[i], values + i * kWidth, [&](int channel, float o) {
-        store_value<Element>(p.out, smem.out + (block + i) * p.out_strides[1] + channel, o);
-      });
-      if (!kFew && p.states != nullptr)
-        state.store(p.states, (static_cast<int64_t>(batch) * p.T + block + i) * p.HV + head);
+      for (int i = 0; i < count; ++i) {
+        state.step(tokens[i], values + i * kWidth, [&](int channel, float o) {
+          store_value<Element>(p.out, smem.out + (block + i) * p.out_strides[1] + channel, o);
+        });
+        if (!kFew && p.states != nullptr)
+          state.store(p.states, (static_cast<int64_t>(batch) * p.T + block + i) * p.HV + head);
+      }
+      if (kFew) break;
     }
-    if (kFew) break;
+    if (p.final_state != nullptr) state.store(p.final_state, smem.matrix);
   }
-  if (p.final_state != nullptr) state.store(p.final_state, smem.matrix);
 }
 
 }  // namespace kda

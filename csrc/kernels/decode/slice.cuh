@@ -1,4 +1,4 @@
-// The token recurrence of some value channels, carried by the threads of a CTA, which hold the state in registers.
+// The token recurrence of some value channels, by the threads of a CTA, whose registers or shared memory hold the state.
 //
 // With d = e^g - 1, and factors n that norm q and k and have q's scale, a token does this to each value channel v, a row of the
 // state:
@@ -12,6 +12,7 @@
 // Who holds what (`Slice`): a thread has 4 neighbours of the state's last dimension at a time, and 4 to 16 rows of them.
 //   values first, [V, K]: K / 4 lanes have a row, whose sums are taken over lanes.
 //   keys first, [K, V]: a row has 4 value channels of each lane, and the warps' sums meet in shared memory.
+// The rows of a thread follow each other.
 #pragma once
 
 #include <type_traits>
@@ -25,8 +26,7 @@ namespace kda {
 // What the recurrence needs of a token, in shared memory.
 template <int K>
 struct alignas(16) Token {
-  float decay[K];  // e^g - 1, all three in the order of Slice::place_of
-  float key[K], query[K];
+  float decay[K], key[K], query[K];                 // e^g - 1, k and q
   float key_factor, query_factor, key_query, beta;  // the second one has the scale, the third one both
 };
 
@@ -155,12 +155,15 @@ __device__ __forceinline__ int row_for_hint(const RecurrentParams& p, int n) {
   return row < p.rows ? row : -1;
 }
 
-// kWidth value channels of a state in the registers of kThreads threads.
-template <int K, int kWidth, int kThreads, bool kValuesFirst, class State>
+// kWidth value channels of a state and kThreads threads. kHeld: in registers, for any number of tokens. Else it stays in shared
+// memory, where it is read twice, for one token: that leaves registers for more CTAs.
+template <int K, int kWidth, int kThreads, bool kValuesFirst, class State, bool kHeld = true>
 class Slice {
  public:
   static constexpr int kWarps = kThreads / 32;
-  static constexpr int kPlaceBytes = K * kWidth * sizeof(State);  // in shared memory, before it is taken into registers
+  // Each thread copies what it needs itself, so that none waits for others: not of bf16, where that would be 8 bytes at a time.
+  static constexpr bool kOwnCopies = sizeof(State) == 4;
+  static constexpr int kPlaceBytes = K * kWidth * sizeof(State);  // in shared memory, at a multiple of 128 bytes
 
   // In shared memory, where warps add up.
   struct Exchange {
@@ -173,14 +176,10 @@ class Slice {
   __device__ __forceinline__ Slice(Exchange& exchange, int V, int first, int thread)
       : exchange_(exchange),
         V_(V),
+        first_(kValuesFirst ? first * K : first),
         warp_(thread / 32),
         lane_(thread % 32),
-        own_((kValuesFirst ? (first + first_row()) * K : first_row() * V + first) + column()) {}
-
-  // Where Token has a key channel: those of a thread follow each other.
-  __device__ __forceinline__ static int place_of(int key) {
-    return kValuesFirst ? key : key % kThreadRows * kSteps + key / kThreadRows;
-  }
+        own_(first_ + first_row() * pitch() + column()) {}
 
   __device__ __forceinline__ void set_to_zero() {
 #pragma unroll
@@ -189,17 +188,27 @@ class Slice {
       for (int j = 0; j < 4; ++j) s_[i][j] = 0.0f;
   }
 
-  // Begins to copy a matrix of states to `place`, where each thread has bytes of its own.
+  // Begins to copy a matrix of states to `place`, row by row, 16 bytes at a time.
   __device__ __forceinline__ void copy(const void* states, int64_t matrix, char* place) const {
-    const State* const from = static_cast<const State*>(states) + matrix * K * V_ + own_;
+    if constexpr (kOwnCopies) {
+      const State* const from = static_cast<const State*>(states) + matrix * K * V_ + own_;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) copy_async<4 * sizeof(State)>(own_place(place, i), from + i * pitch());
+      for (int i = 0; i < kSteps; ++i) copy_async(place + own_at(i), from + i * pitch());
+    } else {
+      constexpr int kPieces = kRowBytes / 16, kRowsAtATime = kThreads / kPieces;
+      const int row = static_cast<int>(threadIdx.x) / kPieces, piece = static_cast<int>(threadIdx.x) % kPieces;
+      const State* const from =
+          static_cast<const State*>(states) + matrix * K * V_ + first_ + row * pitch() + piece * 8;
+#pragma unroll
+      for (int i = 0; i < kPlaceBytes / 16 / kThreads; ++i)
+        copy_async(place + 16 * (i * kThreads + static_cast<int>(threadIdx.x)), from + i * kRowsAtATime * pitch());
+    }
   }
 
-  // After this thread's copies.
-  __device__ __forceinline__ void take(char* place) {
+  // After the copies, of this thread if kOwnCopies, else of all.
+  __device__ __forceinline__ void take(const char* place) {
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) load_neighbours<State>(own_place(place, i), 0, s_[i]);
+    for (int i = 0; i < kSteps; ++i) load_neighbours<State>(place + own_at(i), 0, s_[i]);
   }
 
   // Before the copies of a matrix may begin, by the CTA that has part number `part` of it: its share of the bytes, which lie
@@ -222,29 +231,55 @@ class Slice {
   // called once for each channel, with the channel and its output.
   template <class Output>
   __device__ __forceinline__ void step(const Token<K>& token, const float* values, const Output& out) {
+    static_assert(kHeld);
     if constexpr (kValuesFirst) {
-      step_values_first(token, values, out);
+      step_values_first(token, values, nullptr, nullptr, out);
     } else {
-      step_keys_first(token, values, out);
+      step_keys_first(token, values, nullptr, nullptr, out);
+    }
+  }
+
+  // The same for the only token of a state that is not held: from `place`, and to matrix number `matrix` of `states`, or nowhere.
+  template <class Output>
+  __device__ __forceinline__ void step_once(const Token<K>& token, const float* values, const char* place, void* states,
+                                            int64_t matrix, const Output& out) {
+    static_assert(!kHeld);
+    State* const to = states == nullptr ? nullptr : static_cast<State*>(states) + matrix * K * V_ + own_;
+    if constexpr (kValuesFirst) {
+      step_values_first(token, values, place, to, out);
+    } else {
+      step_keys_first(token, values, place, to, out);
     }
   }
 
  private:
-  static constexpr int kSteps = K * kWidth / (4 * kThreads);        // rows that a thread has
-  static constexpr int kLanes = kValuesFirst ? K / 4 : kWidth / 4;  // of a row
-  static constexpr int kRows = 32 / kLanes;                         // that a warp has at a time
+  static constexpr int kSteps = K * kWidth / (4 * kThreads);                     // rows that a thread has
+  static constexpr int kLanes = kValuesFirst ? K / 4 : kWidth / 4;               // of a row
+  static constexpr int kRows = 32 / kLanes;                                      // that a warp has at a time
+  static constexpr int kRowBytes = (kValuesFirst ? K : kWidth) * sizeof(State);  // in shared memory
 
-  static constexpr int kThreadRows = kThreads / kLanes;  // that the CTA has at a time
-
-  // This thread's first row. With values first its rows follow each other; key channels are kThreadRows apart, so that those
-  // which the CTA asks for at a time do.
-  __device__ __forceinline__ int first_row() const {
-    return (warp_ * kRows + lane_ / kLanes) * (kValuesFirst ? kSteps : 1);
-  }
+  __device__ __forceinline__ int first_row() const { return (warp_ * kRows + lane_ / kLanes) * kSteps; }
   __device__ __forceinline__ int column() const { return lane_ % kLanes * 4; }
-  __device__ __forceinline__ int pitch() const { return kValuesFirst ? K : kThreadRows * V_; }
-  __device__ __forceinline__ char* own_place(char* place, int i) const {
-    return place + (i * kThreads + static_cast<int>(threadIdx.x)) * 4 * static_cast<int>(sizeof(State));
+  __device__ __forceinline__ int pitch() const { return kValuesFirst ? K : V_; }  // of rows in memory
+  // Where a thread has its row number i in shared memory.
+  __device__ __forceinline__ int own_at(int i) const {
+    return (first_row() + i) * kRowBytes + column() * static_cast<int>(sizeof(State));
+  }
+
+  // Four numbers of the state, from where they are.
+  __device__ __forceinline__ void get(const char* place, int i, float (&s)[4]) const {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) s[j] = s_[i][j];
+    } else {
+      load_neighbours<State>(place + own_at(i), 0, s);
+    }
+  }
+  __device__ __forceinline__ void keep(int i, const float (&s)[4]) {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) s_[i][j] = s[j];
+    }
   }
 
   // Of a value channel, whose value and sums with k and q these are.
@@ -268,19 +303,24 @@ class Slice {
   }
 
   template <class Output>
-  __device__ __forceinline__ void step_values_first(const Token<K>& token, const float* values, const Output& out) {
-    const float4 k = *reinterpret_cast<const float4*>(token.key + column());
+  __device__ __forceinline__ void step_values_first(const Token<K>& token, const float* values, const char* place,
+                                                    State* to, const Output& out) {
+    float k[4], d[4];
+    load_neighbours<float>(token.key, column(), k);
+    load_neighbours<float>(token.decay, column(), d);
     float sums[2 * kSteps];  // a and b of each row
     {
-      const float4 d = *reinterpret_cast<const float4*>(token.decay + column());
-      const float4 q = *reinterpret_cast<const float4*>(token.query + column());
+      float q[4];
+      load_neighbours<float>(token.query, column(), q);
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
-        float (&s)[4] = s_[i];
-        s[0] = fmaf(s[0], d.x, s[0]), s[1] = fmaf(s[1], d.y, s[1]);
-        s[2] = fmaf(s[2], d.z, s[2]), s[3] = fmaf(s[3], d.w, s[3]);
-        sums[2 * i] = fmaf(s[0], k.x, s[1] * k.y) + fmaf(s[2], k.z, s[3] * k.w);
-        sums[2 * i + 1] = fmaf(s[0], q.x, s[1] * q.y) + fmaf(s[2], q.z, s[3] * q.w);
+        float s[4];
+        get(place, i, s);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) s[j] = fmaf(s[j], d[j], s[j]);
+        keep(i, s);
+        sums[2 * i] = fmaf(s[0], k[0], s[1] * k[1]) + fmaf(s[2], k[2], s[3] * k[3]);
+        sums[2 * i + 1] = fmaf(s[0], q[0], s[1] * q[1]) + fmaf(s[2], q[2], s[3] * q[3]);
       }
     }
     // Summed over a row's lanes, each of which keeps half of the sums it has left: in the end, those with
@@ -296,18 +336,23 @@ class Slice {
     const int channel = first_row() + lane_ % kLanes / (2 * kKind);
     const float u = update_of(token, values[channel], a);
     if (lane_ % (2 * kKind) == 0) out(channel, output_of(token, u, b));
+    if (!kHeld && to == nullptr) return;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const float ui = __shfl_sync(0xffffffffu, u * token.key_factor, lane_ / kLanes * kLanes + 2 * kKind * i);
-      s_[i][0] = fmaf(ui, k.x, s_[i][0]), s_[i][1] = fmaf(ui, k.y, s_[i][1]);
-      s_[i][2] = fmaf(ui, k.z, s_[i][2]), s_[i][3] = fmaf(ui, k.w, s_[i][3]);
+      float s[4];
+      get(place, i, s);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) s[j] = fmaf(ui, k[j], kHeld ? s[j] : fmaf(s[j], d[j], s[j]));
+      kHeld ? keep(i, s) : store_whole<State>(to + i * pitch(), s);
     }
   }
 
   template <class Output>
-  __device__ __forceinline__ void step_keys_first(const Token<K>& token, const float* values, const Output& out) {
-    const int row = first_row() * kSteps;  // in Token
-    float sums[8] = {};                    // a of four channels, then b
+  __device__ __forceinline__ void step_keys_first(const Token<K>& token, const float* values, const char* place,
+                                                  State* to, const Output& out) {
+    const int row = first_row();
+    float sums[8] = {};  // a of four channels, then b
 #pragma unroll
     for (int i = 0; i < kSteps; i += 4) {
       float d[4], k[4], q[4];
@@ -315,14 +360,17 @@ class Slice {
       load_neighbours<float>(token.key, row + i, k);
       load_neighbours<float>(token.query, row + i, q);
 #pragma unroll
-      for (int at = 0; at < 4; ++at)
+      for (int at = 0; at < 4; ++at) {
+        float s[4];
+        get(place, i + at, s);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          float& s = s_[i + at][j];
-          s = fmaf(s, d[at], s);
-          sums[j] = fmaf(s, k[at], sums[j]);
-          sums[4 + j] = fmaf(s, q[at], sums[4 + j]);
+          s[j] = fmaf(s[j], d[at], s[j]);
+          sums[j] = fmaf(s[j], k[at], sums[j]);
+          sums[4 + j] = fmaf(s[j], q[at], sums[4 + j]);
         }
+        keep(i + at, s);
+      }
     }
     // Over the rows of the warp: bit 4 of a lane then tells whether it has a or b, bit 3 which two channels.
 #pragma unroll
@@ -358,22 +406,29 @@ class Slice {
       }
     }
     __syncthreads();
+    if (!kHeld && to == nullptr) return;
     float u[4];
     load_neighbours<float>(exchange_.updates, column(), u);
 #pragma unroll
     for (int i = 0; i < kSteps; i += 4) {
-      float k[4];
+      float k[4], d[4];
       load_neighbours<float>(token.key, row + i, k);
+      if (!kHeld) load_neighbours<float>(token.decay, row + i, d);
 #pragma unroll
-      for (int at = 0; at < 4; ++at)
+      for (int at = 0; at < 4; ++at) {
+        float s[4];
+        get(place, i + at, s);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) s_[i + at][j] = fmaf(u[j], k[at], s_[i + at][j]);
+        for (int j = 0; j < 4; ++j) s[j] = fmaf(u[j], k[at], kHeld ? s[j] : fmaf(s[j], d[at], s[j]));
+        kHeld ? keep(i + at, s) : store_whole<State>(to + (i + at) * pitch(), s);
+      }
     }
   }
 
   Exchange& exchange_;
-  const int V_, warp_, lane_, own_;  // own_: elements from a matrix's first to this thread's first ones
-  float s_[kSteps][4];
+  const int V_, first_, warp_, lane_,
+      own_;  // elements from a matrix's first to the first of these channels, of this thread
+  float s_[kHeld ? kSteps : 1][4];
 };
 
 }  // namespace kda
