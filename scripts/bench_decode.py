@@ -2,7 +2,7 @@
 
 GPU time by CUDA-graph replay with a cold L2, as `bench_prefill.py` takes it. A floor of a step is reading and writing
 the state at the copy bandwidth measured in the same run; of the convolution, reading its input and writing its output.
-H = HV = 32, K = V = 128, bf16 inputs.
+HV = 32, H = HV but where heads of q and k are shared, K = V = 128, bf16 inputs.
 
     python scripts/bench_decode.py --json decode.json
 """
@@ -48,10 +48,12 @@ def keeping(call: Callable[[], object]) -> Callable[[], None]:
     return run
 
 
-def token(B: int, T: int = 1) -> dict[str, Any]:
-    shape = (B, T, HEADS, WIDTH)
-    x: dict[str, Any] = {name: torch.randn(shape, device="cuda", dtype=torch.bfloat16) for name in ("q", "k", "v", "g")}
-    x["beta"] = torch.randn(shape[:-1], device="cuda", dtype=torch.bfloat16)
+def token(B: int, T: int = 1, key_heads: int = HEADS) -> dict[str, Any]:
+    heads = {"q": key_heads, "k": key_heads, "v": HEADS, "g": HEADS}
+    x: dict[str, Any] = {
+        name: torch.randn(B, T, H, WIDTH, device="cuda", dtype=torch.bfloat16) for name, H in heads.items()
+    }
+    x["beta"] = torch.randn(B, T, HEADS, device="cuda", dtype=torch.bfloat16)
     return x | bench.gate("mild", HEADS)
 
 
@@ -71,8 +73,14 @@ def recurrent(
     final: bool = True,
     skipped: bool = False,
     v_first: bool = False,
+    key_heads: int = HEADS,
+    packed: bool = False,
 ) -> Any:
-    x = token(B, T) | FLAGS | {"output_final_state": final, "state_v_first": v_first, "backend": "cuda"}
+    x = token(B, T, key_heads)
+    if packed:
+        x |= {name: x[name].flatten(0, 1).unsqueeze(0) for name in ("q", "k", "v", "g", "beta")}
+        x["cu_seqlens"] = torch.arange(0, B * T + 1, T, device="cuda", dtype=ROWS)
+    x |= FLAGS | {"output_final_state": final, "state_v_first": v_first, "backend": "cuda"}
     if initial:
         x["initial_state"] = states(B, dtype)
     if in_place:
@@ -89,22 +97,22 @@ def fla(B: int, T: int = 1) -> Any:
     return lambda: run(**x)
 
 
-def step_arguments(B: int) -> dict[str, Any]:
+def step_arguments(B: int, key_heads: int = HEADS) -> dict[str, Any]:
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
-    channels = HEADS * WIDTH
-    return token(B) | {
+    heads = {"q": key_heads, "k": key_heads, "v": HEADS}
+    return token(B, key_heads=key_heads) | {
         "output_gate": randn(B, 1, HEADS, WIDTH),
-        "conv_state": randn(B, 3 * channels, TAPS),
+        "conv_state": randn(B, sum(heads.values()) * WIDTH, TAPS),
         "recurrent_state": states(B, torch.float32),
-        **{f"{name}_conv_weight": randn(channels, TAPS) for name in ("q", "k", "v")},
+        **{f"{name}_conv_weight": randn(H * WIDTH, TAPS) for name, H in heads.items()},
         "norm_weight": randn(WIDTH),
     }
 
 
-def step(B: int, v_first: bool = False) -> Any:
-    x = step_arguments(B) | {"state_v_first": v_first}
+def step(B: int, v_first: bool = False, key_heads: int = HEADS) -> Any:
+    x = step_arguments(B, key_heads) | {"state_v_first": v_first}
     return lambda: ops.kda_decode_step(**x, backend="cuda")
 
 
@@ -141,6 +149,9 @@ def cases(batches: list[int]) -> list[Case]:
         found += [
             Case(f"recurrent values first B={B}", lambda B=B: recurrent(B, v_first=True), both, both),
             Case(f"step values first B={B}", lambda B=B: step(B, v_first=True), both, both // 2),
+            Case(f"packed B={B}", lambda B=B: recurrent(B, packed=True), both, both),
+            Case(f"H=HV/2, recurrent B={B}", lambda B=B: recurrent(B, key_heads=HEADS // 2), both, both),
+            Case(f"H=HV/2, step B={B}", lambda B=B: step(B, key_heads=HEADS // 2), both, both // 2),
         ]
     # What a launch, a token and reading the state take: their floor is nothing, nothing and half of it.
     found += [
