@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import chunked, conv, recurrent, reference
+from . import chunked, conv, recurrent
 from .inputs import NUM_INPUTS, SCHEMA, KDAInputs, fwd_inputs
 
 
@@ -267,25 +267,19 @@ def kda_decode_step(
 ) -> torch.Tensor:
     if q.shape[0] == 0 or len(recurrent_state) == 0:
         return torch.zeros_like(v, memory_format=torch.contiguous_format)
-    indices, row, used = _pool_rows(
-        torch.arange(q.shape[0], device=q.device) if state_indices is None else state_indices, len(recurrent_state)
-    )
-    inputs = [x.flatten(2) for x in (q, k, v)]
-    weight = torch.cat((q_conv_weight, k_conv_weight, v_conv_weight))
-    conv_before, state_before = conv_state.index_select(0, indices), recurrent_state.index_select(0, indices)
-    mixed, conv_after = _conv_forward(torch.cat(inputs, -1), weight, None, conv_before, "silu", None)
-    mixed_q, mixed_k, mixed_v = (
-        x.unflatten(-1, y.shape[2:])
-        for x, y in zip(mixed.split([x.shape[-1] for x in inputs], -1), (q, k, v), strict=True)
-    )
-    activations = (state_v_first, scale, lower_bound, True, True, True, allow_neg_eigval)
-    x = KDAInputs(mixed_q, mixed_k, mixed_v, g, beta, state_before, A_log, dt_bias, None, *activations)
-    o, state_after, _ = _recurrent_forward(x)
-    conv_state.index_copy_(0, indices, torch.where(used[row, None, None], conv_after[row], conv_before))
-    recurrent_state.index_copy_(0, indices, torch.where(used[row, None, None, None], state_after[row], state_before))
-    dtype = reference.compute_dtype(o)
-    normed = torch.nn.functional.rms_norm(o.to(dtype), o.shape[-1:], norm_weight.to(dtype), norm_eps)
-    o = (normed * output_gate.to(dtype).sigmoid()).to(v.dtype)
+    gate = (scale, A_log, dt_bias, lower_bound)
+    # fmt: off
+    others = (q_conv_weight, k_conv_weight, v_conv_weight, norm_weight, norm_eps, allow_neg_eigval, state_v_first)
+    # fmt: on
+    if state_indices is None:
+        o = recurrent.decode_step(q, k, v, g, beta, output_gate, *gate, recurrent_state, conv_state, *others)
+        return o.contiguous()
+    indices, row, used = _pool_rows(state_indices, len(recurrent_state))
+    before = conv_state.index_select(0, indices), recurrent_state.index_select(0, indices)
+    conv_after, state_after = (x.clone() for x in before)
+    o = recurrent.decode_step(q, k, v, g, beta, output_gate, *gate, state_after, conv_after, *others)
+    conv_state.index_copy_(0, indices, torch.where(used[row, None, None], conv_after[row], before[0]))
+    recurrent_state.index_copy_(0, indices, torch.where(used[row, None, None, None], state_after[row], before[1]))
     return o.masked_fill(~used[:, None, None, None], 0).contiguous()
 
 
