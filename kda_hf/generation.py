@@ -7,6 +7,7 @@ from transformers import DynamicCache, GenerationMixin, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cache import KDADynamicCache, KDAStaticCache
+from .decoding import decode_program
 
 
 # How this version of transformers names the cache, as an argument and in outputs: "cache" from 5.24 on.
@@ -40,7 +41,8 @@ class KDAGenerationMixin(GenerationMixin):
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
-        return super().generate(*args, **_rename_cache(kwargs, CACHE_NAME))
+        with decode_program(self):
+            return super().generate(*args, **_rename_cache(kwargs, CACHE_NAME))
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         given = model_kwargs.get(CACHE_NAME)

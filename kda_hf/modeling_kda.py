@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache import KDACache, KDACacheLayer
 from .configuration_kda import KDAConfig
+from .decoding import active_program
 from .generation import CACHE_NAME, KDAGenerationMixin, takes_cache
 from .ops import causal_conv1d, chunk_kda, has_kernel, kda_decode_step, recurrent_kda
 
@@ -165,17 +166,23 @@ class KimiDeltaAttention(nn.Module):
         valid: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
     ) -> bool:
-        """Whether one launch does all between projections and `o_proj`: a token more for each row of the cache."""
+        """Whether one call does all between projections and `o_proj`: a token more for each row of the cache."""
         return (
             cache is not None
+            and not torch.is_grad_enabled()
             and q.shape[1] == 1
             and valid is None
             and cu_seqlens is None
             and isinstance(cache.layers[self.layer_idx], KDACacheLayer)
             and cache.has_previous_state(self.layer_idx)
             and cache.layers[self.layer_idx].conv_states[0].shape[0] == q.shape[0]
-            and self._has_kernel("kda_decode_step", q, cache.layers[self.layer_idx].state_dtype)
+            and self.steps_at_once(q, cache.layers[self.layer_idx].state_dtype)
         )
+
+    def steps_at_once(self, x: torch.Tensor, state_dtype: torch.dtype) -> bool:
+        """Whether `kda_decode_step` is the best there is for tensors like x. Without our kernel, a GPU may have FLA's
+        for the recurrence."""
+        return x.device.type == "cpu" or self._has_kernel("kda_decode_step", x, state_dtype)
 
     def _has_kernel(self, op: str, x: torch.Tensor, state_dtype: torch.dtype) -> bool:
         return not torch.is_grad_enabled() and has_kernel(op, x, self.head_dim, self.value_head_dim, state_dtype)
@@ -201,19 +208,25 @@ class KimiDeltaAttention(nn.Module):
             gate,
             conv_state=layer.conv_states[0],
             recurrent_state=layer.recurrent_states[0],
-            q_conv_weight=self.q_conv1d.weight.squeeze(1),
-            k_conv_weight=self.k_conv1d.weight.squeeze(1),
-            v_conv_weight=self.v_conv1d.weight.squeeze(1),
-            norm_weight=self.o_norm.weight,
-            norm_eps=self.o_norm.eps,
-            A_log=self.A_log,
-            dt_bias=self.dt_bias,
-            lower_bound=self.lower_bound,
-            allow_neg_eigval=self.allow_neg_eigval,
+            **self.step_parameters(),
         )
         layer.note_update_in_place()
         layer.advance(1)
         return output
+
+    def step_parameters(self) -> dict[str, Any]:
+        """The arguments of `kda_decode_step` that this layer has."""
+        return {
+            "q_conv_weight": self.q_conv1d.weight.squeeze(1),
+            "k_conv_weight": self.k_conv1d.weight.squeeze(1),
+            "v_conv_weight": self.v_conv1d.weight.squeeze(1),
+            "norm_weight": self.o_norm.weight,
+            "norm_eps": self.o_norm.eps,
+            "A_log": self.A_log,
+            "dt_bias": self.dt_bias,
+            "lower_bound": self.lower_bound,
+            "allow_neg_eigval": self.allow_neg_eigval,
+        }
 
     def mix(
         self,
@@ -574,25 +587,10 @@ class KDAModel(KDAPreTrainedModel):
 
         if use_cache and past_key_values is None:
             past_key_values = KDACache(self.config)
-        if position_ids is None and has_attention:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
-
-        masks: Any = attention_mask
-        if not isinstance(masks, dict):
-            mask_kwargs = {
-                "config": self.config,
-                "inputs_embeds": inputs_embeds,
-                "attention_mask": attention_mask,
-                CACHE_NAME: past_key_values,
-                "position_ids": position_ids,
-            }
-            masks = {"linear_attention": create_recurrent_attention_mask(**mask_kwargs)}
-            if has_attention:
-                masks["full_attention"] = create_causal_mask(**mask_kwargs)
-
+        masks, position_ids, position_embeddings = self.masks_and_positions(
+            inputs_embeds, attention_mask, position_ids, past_key_values
+        )
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids) if self.rotary_emb is not None else None
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
@@ -608,6 +606,34 @@ class KDAModel(KDAPreTrainedModel):
             last_hidden_state=self.norm(hidden_states),
             **{CACHE_NAME: past_key_values if use_cache else None},
         )
+
+    def masks_and_positions(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[dict[str, Any], torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None]:
+        """The mask of each type of layers there is, the positions, and what RoPE makes of them; see `forward`."""
+        has_attention = "full_attention" in (self.config.layer_types or ())
+        if position_ids is None and has_attention:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            length = inputs_embeds.shape[1]
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            mask_kwargs = {
+                "config": self.config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                CACHE_NAME: past_key_values,
+                "position_ids": position_ids,
+            }
+            masks = {"linear_attention": create_recurrent_attention_mask(**mask_kwargs)}
+            if has_attention:
+                masks["full_attention"] = create_causal_mask(**mask_kwargs)
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids) if self.rotary_emb is not None else None
+        return masks, position_ids, position_embeddings
 
 
 def _packed_position_ids(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
@@ -656,6 +682,13 @@ class KDAForCausalLM(KDAPreTrainedModel, KDAGenerationMixin):
 
         The other arguments are those of [`KDAModel`].
         """
+        others: Any = (inputs_embeds, labels, cu_seqlens)
+        cache: Any = past_key_values
+        if not kwargs and use_cache is not False and all(x is None for x in others):
+            program = active_program(self, input_ids, cache)
+            logits = None if program is None else program(input_ids, attention_mask, position_ids, cache)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache})
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

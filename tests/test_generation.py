@@ -1,12 +1,14 @@
 """generate() in every mode, with our cache: each way of decoding gives the tokens of the plain way."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import TextIteratorStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from kda_hf import KDACache, modeling_kda, ops
+from kda_hf import KDACache, generation, modeling_kda, ops
 
 
 PURE_KDA = {"layer_types": ["linear_attention"] * 2, "num_hidden_layers": 2}
@@ -94,14 +96,17 @@ def test_greedy_equals_recomputing_everything(model):
 def test_steps_of_one_call_change_nothing(model, monkeypatch, mode):
     ids = prompt(model, batch=1 if "prompt_lookup_num_tokens" in mode else 3)
     options = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True} | mode
-    expected = model.generate(ids, **options)
+    monkeypatch.setattr(generation, "decode_program", contextlib.nullcontext)
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_kda.KimiDeltaAttention, "_steps", lambda *_: False)
+        expected = model.generate(ids, **options)
     calls = []
 
     def counted(*args, **kwargs):
         calls.append(args)
         return ops.kda_decode_step(*args, **kwargs)
 
-    monkeypatch.setattr(modeling_kda, "has_kernel", lambda *_: True)
+    monkeypatch.setattr(modeling_kda.KimiDeltaAttention, "steps_at_once", lambda *_: True)
     monkeypatch.setattr(modeling_kda, "kda_decode_step", counted)
     actual = model.generate(ids, **options)
     assert bool(calls) == (mode.get("use_cache", True))

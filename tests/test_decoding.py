@@ -1,0 +1,346 @@
+"""The program for decode steps: what the modules compute, and the model stays what it is."""
+
+import contextlib
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from kda_hf import KDACache, KDAForCausalLM, decoding, generation
+
+
+NEW = 16
+MODELS = {
+    "hybrid": {},
+    "pure": {"layer_types": ["linear_attention"] * 2, "num_hidden_layers": 2},
+    "rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+    "softplus": {"linear_lower_bound": None},
+    "grouped": {"linear_num_value_heads": 4, "linear_value_head_dim": 8, "allow_neg_eigval": True},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch):
+    """On a GPU, widths this small have no kernel."""
+    monkeypatch.setattr("kda_hf.modeling_kda.KimiDeltaAttention.steps_at_once", lambda *_: True)
+
+
+@pytest.fixture(params=MODELS)
+def model(request, tiny_model):
+    return tiny_model(**MODELS[request.param])
+
+
+@pytest.fixture
+def hybrid(tiny_model):
+    return tiny_model()
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The forwards that programs have served."""
+    calls = []
+    serve = decoding.DecodeProgram.__call__
+
+    def count(*args):
+        logits = serve(*args)
+        if logits is not None:
+            calls.append(args)
+        return logits
+
+    monkeypatch.setattr(decoding.DecodeProgram, "__call__", count)
+    return calls
+
+
+def prompt(model, batch=2, length=9):
+    return torch.randint(3, 97, (batch, length), device=model.device)
+
+
+def generate(model, ids, **others):
+    output = model.generate(
+        ids,
+        **{"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | others,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return output.sequences, torch.stack(output.logits)
+
+
+def by_modules(model, ids, **others):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "decode_program", contextlib.nullcontext)
+        return generate(model, ids, **others)
+
+
+def assert_same(actual, expected, **tolerance):
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1], **tolerance or {"rtol": 1e-4, "atol": 1e-4})
+
+
+def assert_serves(model, counted, ids=None, **others):
+    ids = prompt(model) if ids is None else ids
+    expected = by_modules(model, ids, **others)
+    assert not counted
+    assert_same(generate(model, ids, **others), expected)
+    assert len(counted) == NEW - 1
+    counted.clear()
+
+
+def assert_refuses(model, counted):
+    ids = prompt(model)
+    assert_same(generate(model, ids), by_modules(model, ids))
+    assert not counted
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_is_what_the_modules_compute(model, batch, counted):
+    assert_serves(model, counted, prompt(model, batch))
+
+
+def test_states_are_those_of_the_modules(model):
+    ids, caches = prompt(model), [KDACache(model.config, max_rollback=0) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids, past_key_values=cache)
+        for token in prompt(model, length=20).split(1, 1):
+            expected = model(token, past_key_values=caches[0]).logits
+            with decoding.decode_program(model):
+                actual = model(token, past_key_values=caches[1]).logits
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    for one, other in zip(*(cache.layers for cache in caches), strict=True):
+        for name in ("conv_states", "recurrent_states") if hasattr(one, "conv_states") else ("keys", "values"):
+            torch.testing.assert_close(getattr(other, name), getattr(one, name), rtol=1e-4, atol=1e-4)
+    assert caches[0].get_seq_length() == caches[1].get_seq_length() == 29
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"num_beams": 2},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"prefill_chunk_size": 3},
+        {"min_new_tokens": NEW, "repetition_penalty": 1.3},
+    ],
+)
+def test_modes(hybrid, mode, counted):
+    ids = prompt(hybrid)
+    if "num_beams" in mode:  # whose logits are of beams in another order where two are alike
+        expected = by_modules(hybrid, ids, **mode)[0]
+        assert torch.equal(generate(hybrid, ids, **mode)[0], expected) and counted
+    else:
+        assert_serves(hybrid, counted, ids, **mode)
+
+
+def test_left_padding(hybrid, counted):
+    ids = prompt(hybrid)
+    mask = torch.ones_like(ids)
+    ids[0, :4], mask[0, :4] = 0, 0
+    assert_serves(hybrid, counted, ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtypes(hybrid, dtype, counted):
+    hybrid.to(dtype)
+    tolerance = {"rtol": 3e-2, "atol": 3e-2} if dtype == torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-6}
+    token, ids = prompt(hybrid, length=1), prompt(hybrid)
+    logits = []
+    for program in (contextlib.nullcontext(), decoding.decode_program(hybrid)):
+        cache = KDACache(hybrid.config, max_rollback=0)
+        with torch.no_grad(), program:
+            hybrid(ids, past_key_values=cache)
+            logits.append(hybrid(token, past_key_values=cache).logits)
+    torch.testing.assert_close(*logits, **tolerance)
+    assert len(counted) == 1
+
+
+def test_only_within_generate_and_for_plain_steps(hybrid, counted):
+    ids, cache = prompt(hybrid), KDACache(hybrid.config, max_rollback=0)
+    generate(hybrid, ids)
+    counted.clear()
+    with torch.no_grad():
+        hybrid(ids, past_key_values=cache)
+        hybrid(ids[:, :1], past_key_values=cache)
+        assert not counted
+        with decoding.decode_program(hybrid):
+            assert hybrid(ids[:, :1], past_key_values=cache, output_hidden_states=True).hidden_states is not None
+            assert hybrid(ids[:, :1], past_key_values=cache, labels=ids[:, :1]).loss is not None
+            hybrid(inputs_embeds=hybrid.get_input_embeddings()(ids[:, :1]), past_key_values=cache)
+            hybrid(ids[:, :2], past_key_values=cache)
+            hybrid(ids[:, :1])
+            hybrid(ids[:, :1], past_key_values=KDACache(hybrid.config))  # keeps a history
+            assert not counted
+            hybrid(ids[:, :1], past_key_values=cache)
+            assert len(counted) == 1
+    with decoding.decode_program(hybrid):  # with gradients
+        hybrid(ids[:, :1], past_key_values=cache)
+    assert len(counted) == 1
+
+
+def test_hidden_states_are_still_captured(hybrid, counted):
+    output = hybrid.generate(
+        prompt(hybrid), max_new_tokens=3, do_sample=False, output_hidden_states=True, return_dict_in_generate=True
+    )
+    assert len(output.hidden_states) == 3 and not counted
+    assert_serves(hybrid, counted)  # the hooks of that call stay, and do nothing
+
+
+def _hook(model):
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def _pre_hook(model):
+    model.model.layers[1].linear_attn.q_proj.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def _other_class(model):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.lm_head.__class__ = Doubled
+
+
+def _own_forward(model):
+    module = model.model.norm
+    plain = module.forward
+    module.forward = lambda x: 2 * plain(x)
+
+
+def _bias(model):
+    module = model.model.layers[0].mlp.up_proj
+    module.bias = nn.Parameter(torch.ones(module.out_features, device=model.device))
+
+
+def _parametrized(model):
+    nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.down_proj)
+
+
+def _sequential(model):
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj = nn.Sequential(mlp.gate_proj, nn.LeakyReLU())
+
+
+def _training(model):
+    model.train()
+
+
+@pytest.mark.parametrize(
+    "change", [_hook, _pre_hook, _other_class, _own_forward, _bias, _parametrized, _sequential, _training]
+)
+def test_changed_models_are_decoded_by_their_modules(hybrid, change, counted):
+    change(hybrid)
+    assert_refuses(hybrid, counted)
+
+
+def test_global_hooks(hybrid, counted):
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert_refuses(hybrid, counted)
+    finally:
+        handle.remove()
+
+
+# ---------------------------------------------------------------------------------------- weights that have been joined
+
+
+def test_the_model_stays_what_it_is(hybrid, counted, tmp_path):
+    before = copy.deepcopy(hybrid)
+    ids = prompt(hybrid)
+    expected = generate(hybrid, ids)
+    q, k = (getattr(hybrid.model.layers[0].linear_attn, f"{name}_proj").weight for name in "qk")
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+    assert hybrid.state_dict().keys() == before.state_dict().keys()
+    assert all(
+        torch.equal(x, y) for x, y in zip(hybrid.state_dict().values(), before.state_dict().values(), strict=True)
+    )
+    assert [name for name, _ in hybrid.named_parameters()] == [name for name, _ in before.named_parameters()]
+
+    hybrid.save_pretrained(tmp_path / "saved")
+    torch.save(hybrid.state_dict(), tmp_path / "weights")
+    loaded = KDAForCausalLM.from_pretrained(tmp_path / "saved").to(hybrid.device)
+    before.load_state_dict(torch.load(tmp_path / "weights"))
+    for other in (loaded, before, copy.deepcopy(hybrid)):
+        assert_same(generate(other, ids), expected)
+    size = sum(path.stat().st_size for path in (tmp_path / "saved").glob("*.safetensors"))
+    assert size < 1.1 * sum(x.nbytes for x in hybrid.parameters()) + 50_000
+
+
+def test_new_values_are_seen(hybrid, counted):
+    ids = prompt(hybrid)
+    generate(hybrid, ids)
+    counted.clear()
+    layer = hybrid.model.layers[0]
+    changes = [
+        lambda: hybrid.load_state_dict({name: x + 0.01 for name, x in hybrid.state_dict().items()}),
+        hybrid.double,
+        hybrid.float,
+        layer.linear_attn.k_proj.reset_parameters,
+        lambda: setattr(layer.mlp.up_proj, "weight", nn.Parameter(torch.rand(48, 32, device=ids.device))),
+    ]
+    for change in changes:
+        with torch.no_grad():
+            change()
+        assert_serves(hybrid, counted, ids)
+
+
+def test_training_goes_on(hybrid, counted):
+    ids = prompt(hybrid)
+    optimizer = torch.optim.AdamW(hybrid.parameters(), lr=1e-2)
+    alone = copy.deepcopy(hybrid)
+    optimizers = [optimizer, torch.optim.AdamW(alone.parameters(), lr=1e-2)]
+    for step in range(3):
+        for model, own in zip((hybrid, alone), optimizers, strict=True):
+            own.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            own.step()
+        if step == 1:
+            assert_serves(hybrid, counted, ids)
+    for x, y in zip(hybrid.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(x, y)
+    assert_serves(hybrid, counted, ids)
+
+
+@pytest.mark.parametrize("shared", ["parameter", "memory", "across layers", "part of more"])
+def test_shared_weights_stay_shared(hybrid, shared, counted):
+    first, second = (layer.linear_attn for layer in hybrid.model.layers[:2])
+    if shared == "parameter":
+        first.k_proj.weight = first.q_proj.weight
+    elif shared == "memory":
+        first.k_proj.weight.data = first.q_proj.weight.data
+    elif shared == "across layers":
+        second.q_proj.weight.data = first.q_proj.weight.data
+    else:
+        more = torch.randn(33, 33, device=hybrid.device)
+        first.q_proj.weight.data = more[:32, :32].contiguous().new_empty(64, 32)[:32].copy_(more[:32, :32])
+    assert_serves(hybrid, counted)
+    with torch.no_grad():
+        first.q_proj.weight.mul_(0.5)
+    other = {"parameter": first.k_proj, "memory": first.k_proj, "across layers": second.q_proj}.get(shared)
+    assert other is None or torch.equal(other.weight, first.q_proj.weight)
+    assert_serves(hybrid, counted)
+
+
+def test_threads(hybrid, counted):
+    ids = [prompt(hybrid) for _ in range(4)]
+    expected = [by_modules(hybrid, x) for x in ids]
+    results = [None] * len(ids)
+
+    def run(index):
+        results[index] = generate(hybrid, ids[index])
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(ids))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result, wanted in zip(results, expected, strict=True):
+        assert_same(result, wanted)
+    assert len(counted) == len(ids) * (NEW - 1)
+
+
+def test_inference_mode(hybrid, counted):
+    with torch.inference_mode():
+        assert_serves(hybrid, counted)
+    assert_serves(hybrid, counted)
