@@ -186,7 +186,8 @@ class _KDA:
         g = F.linear(decay, self.decay).view(batch, 1, -1, self.head_dim)
         output_gate = F.linear(gate, self.gate).view(batch, 1, -1, self.value_head_dim)
         states = {"conv_state": layer.conv_states[0], "recurrent_state": layer.recurrent_states[0]}
-        if x.device.type == "cpu":  # what the operator comes to, which would take a third of the time for its checks
+        if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            # What the operator comes to, but for its checks, which would take a third of the time.
             o = recurrent.decode_step(
                 q, k, v, g, beta, output_gate, scale=self.scale, state_v_first=False, **states, **self.parameters
             )

@@ -155,6 +155,19 @@ def test_dtypes(hybrid, dtype, counted):
     assert len(counted) == 1
 
 
+def test_autocast(hybrid, counted, relative_error):
+    token, ids = prompt(hybrid, length=1), prompt(hybrid)
+    logits = []
+    for program in (contextlib.nullcontext(), decoding.decode_program(hybrid)):
+        cache = KDACache(hybrid.config, max_rollback=0)
+        with torch.no_grad(), program, torch.autocast(hybrid.device.type, torch.bfloat16):
+            hybrid(ids, past_key_values=cache)
+            logits.append((hybrid(token, past_key_values=cache).logits, cache.layers[0].recurrent_states[0]))
+    for actual, expected in zip(*logits, strict=True):
+        assert relative_error(actual, expected) < 1e-3
+    assert len(counted) == 1
+
+
 def test_only_within_generate_and_for_plain_steps(hybrid, counted):
     ids, cache = prompt(hybrid), KDACache(hybrid.config, max_rollback=0)
     generate(hybrid, ids)
