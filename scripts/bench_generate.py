@@ -1,0 +1,262 @@
+"""Times `model.generate()` in floors, beside the same model by its modules and transformers' `kimi_linear` of its size.
+
+A step's floor is reading the weights, reading and writing the recurrent states, and reading keys and values, at the
+copy bandwidth measured in the same run. The first token's floor is the matrix products at 700 TFLOP/s, and of the KDA
+layers reading the inputs and writing the outputs. Random weights: the tokens mean nothing. Without a GPU all is small.
+
+    python scripts/bench_generate.py --json generate.json
+"""
+
+import argparse
+import contextlib
+import datetime
+import gc
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import bench_prefill as bench
+import torch
+import transformers
+from transformers import KimiLinearConfig, KimiLinearForCausalLM
+
+from kda_hf import KDAConfig, KDAForCausalLM, generation
+
+
+PRODUCTS = 700e12  # operations a second that a large product of bf16 matrices reaches
+LAUNCH = 5e-6  # of a KDA layer's prefill, as in bench_prefill.py
+SMALL = {"hidden": 256, "layers": 8, "heads": 2, "attention_heads": 2, "kv_heads": 1, "intermediate": 672}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=24, help="of which every fourth one has attention")
+    parser.add_argument("--heads", type=int, default=16, help="of KDA layers, 128 wide")
+    parser.add_argument("--attention-heads", type=int, default=16)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--intermediate", type=int, default=5632)
+    parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt", type=int, default=1024)
+    parser.add_argument("--new", type=int, default=256, help="tokens")
+    parser.add_argument("--long-prompt", type=int, default=16384, help="whose first token is timed; 0: none")
+    parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 65536], help="of a model of KDA layers alone")
+    parser.add_argument("--repeats", type=int, default=3)
+    if not torch.cuda.is_available():
+        parser.set_defaults(**SMALL, vocab=4096, batches=[1], prompt=64, new=32, long_prompt=0, contexts=[])
+    return parser.parse_args()
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def ours(args: argparse.Namespace, pure: bool = False) -> Any:
+    kinds = ["linear_attention" if pure or i % 4 != 3 else "full_attention" for i in range(args.layers)]
+    config = KDAConfig(
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_hidden_layers=args.layers,
+        layer_types=kinds,
+        linear_num_heads=args.heads,
+        linear_head_dim=128,
+        num_attention_heads=args.attention_heads,
+        num_key_value_heads=args.kv_heads,
+        head_dim=128,
+        max_position_embeddings=2**20,
+        dtype=args.dtype,
+    )
+    return made(KDAForCausalLM, config, args)
+
+
+def native(args: argparse.Namespace) -> Any:
+    """transformers' model with the same widths; its attention layers are of another kind, with a latent for keys."""
+    config = KimiLinearConfig(
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_hidden_layers=args.layers,
+        layer_types=["full_attention" if i % 4 == 3 else "linear_attention" for i in range(args.layers)],
+        mlp_layer_types=["dense"] * args.layers,
+        num_attention_heads=args.attention_heads,
+        num_key_value_heads=args.attention_heads,
+        linear_num_heads=args.heads,
+        linear_head_dim=128,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        dtype=args.dtype,
+    )
+    return made(KimiLinearForCausalLM, config, args)
+
+
+def made(kind: Any, config: Any, args: argparse.Namespace) -> Any:
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        model = kind(config).to(getattr(torch, args.dtype)).eval()
+    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    return model
+
+
+@contextlib.contextmanager
+def by_modules() -> Iterator[None]:
+    own, generation.decode_program = generation.decode_program, contextlib.nullcontext  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        generation.decode_program = own
+
+
+# -------------------------------------------------------------------------------------------------------------- floors
+
+
+def bandwidth() -> float:
+    """Bytes read and written a second."""
+    if torch.cuda.is_available():
+        return bench.copy_bandwidth(20)
+    source = torch.empty(2**28, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * source.numel() / min(seconds(lambda: target.copy_(source)) for _ in range(5))
+
+
+def step_bytes(model: Any, batch: int, context: int) -> int:
+    """Of our model: weights but for the embeddings of other tokens, states, keys and values of `context` tokens."""
+    config, size = model.config, model.lm_head.weight.element_size()
+    weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    kda = config.layer_types.count("linear_attention")
+    state = config.linear_num_value_heads * config.linear_head_dim * config.linear_value_head_dim * 4
+    keys = 2 * config.num_key_value_heads * config.head_dim * size * context
+    return weights + batch * (kda * 2 * state + (len(config.layer_types) - kda) * keys)
+
+
+def first_token_floor(model: Any, tokens: int, rate: float) -> float:
+    """Seconds, of one prompt."""
+    config, size = model.config, model.lm_head.weight.element_size()
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    kda = config.layer_types.count("linear_attention")
+    pairs = (len(config.layer_types) - kda) * tokens * tokens / 2 * config.num_attention_heads * config.head_dim
+    inputs = config.linear_num_value_heads * (3 * config.linear_head_dim + 2 * config.linear_value_head_dim) * size
+    return (2 * layers * tokens + 4 * pairs) / PRODUCTS + kda * (inputs * tokens / rate + LAUNCH)
+
+
+# -------------------------------------------------------------------------------------------------------- measurements
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def timed(model: Any, args: argparse.Namespace, batch: int, prompt: int, **options: Any) -> dict[str, float]:
+    """Seconds to the first token, of a step, and of the very first call of these shapes."""
+    ids = torch.randint(1, args.vocab, (batch, prompt), device=model.device)
+    options = {"do_sample": False} | options
+
+    def run(new: int) -> float:
+        return seconds(lambda: model.generate(ids, max_new_tokens=new, min_new_tokens=new, **options))
+
+    warm_up = run(args.new)
+    run(1)
+    first = statistics.median(run(1) for _ in range(args.repeats))
+    total = statistics.median(run(args.new) for _ in range(args.repeats))
+    return {"first_s": first, "step_s": (total - first) / (args.new - 1), "warm_up_s": warm_up - total}
+
+
+def measure(args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, model: Any, batch: int, prompt: int, has_floor: bool = True, **options: Any) -> None:
+        row: dict[str, Any] = {"case": name, "batch": batch, "prompt": prompt}
+        try:
+            row |= timed(model, args, batch, prompt, **options)
+        except Exception as error:  # of another's model, or memory
+            row["error"] = f"{type(error).__name__}: {error}"[:200]
+        if has_floor:
+            row["step_floor_s"] = step_bytes(model, batch, prompt + args.new // 2) / rate
+        rows.append(row)
+        print(row, flush=True)
+
+    model = ours(args)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion parameters")
+    for batch in args.batches:
+        add("greedy", model, batch, args.prompt)
+    add("sampled", model, args.batches[0], args.prompt, do_sample=True, top_p=0.9, temperature=0.8)
+    with by_modules():
+        add("greedy, by modules", model, args.batches[0], args.prompt)
+    if args.long_prompt:
+        add("greedy", model, 1, args.long_prompt)
+        rows[-1]["first_floor_s"] = first_token_floor(model, args.long_prompt, rate)
+    del model
+    release()
+    if args.contexts:
+        model = ours(args, pure=True)
+        for context in args.contexts:
+            add("KDA alone", model, 1, context, prefill_chunk_size=min(context, 16384))
+            if torch.cuda.is_available():
+                rows[-1]["peak_bytes"] = torch.cuda.max_memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+        del model
+        release()
+    add("transformers' kimi_linear", native(args), args.batches[0], args.prompt, has_floor=False)
+    return rows
+
+
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['device']}, torch {result['torch']}, transformers {result['transformers']}, commit "
+        f"{result['commit']}, {result['date']}: copies at {result['bandwidth'] / 1e9:.0f} GB/s",
+        f"{'case':28}{'B':>4}{'prompt':>8}{'ms/step':>9}{'floors':>8}{'tokens/s':>10}{'first ms':>10}{'warm-up s':>11}",
+    ]
+    for row in result["rows"]:
+        start = f"{row['case']:28}{row['batch']:4}{row['prompt']:8}"
+        if "error" in row:
+            lines.append(f"{start}  {row['error']}")
+            continue
+        floors = row["step_s"] / row.get("step_floor_s", math.nan)
+        first = f"{1e3 * row['first_s']:10.1f}{row['warm_up_s']:11.1f}"
+        if "first_floor_s" in row:
+            first += f"   first token: {row['first_s'] / row['first_floor_s']:.2f} floors"
+        lines.append(f"{start}{1e3 * row['step_s']:9.2f}{floors:8.2f}{row['batch'] / row['step_s']:10.0f}{first}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parse_args()
+    rate = bandwidth()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    result: dict[str, Any] = {
+        "device": device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": bench.commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "options": {name: value for name, value in vars(args).items() if name != "json"},
+        "bandwidth": rate,
+        "rows": measure(args, rate),
+    }
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
