@@ -36,7 +36,7 @@ _KNOWN = [
         "model": "KDAModel",
         r"model\.layers": "ModuleList",
         r"model\.embed_tokens": "Embedding",
-        r"model\.norm|LAYER\.(input|post_attention)_layernorm": "Qwen3RMSNorm",
+        r"model\.norm|LAYER\.(input|post_attention)_layernorm": "KDARMSNorm",
         "LAYER": "KDADecoderLayer",
         r"LAYER\.linear_attn": "KimiDeltaAttention",
         r"LAYER\.linear_attn\.([qkvbo]|[fg]_[ab])_proj|LAYER\.mlp\.(gate|up|down)_proj|lm_head": "Linear",
@@ -154,15 +154,13 @@ class _Projections:
 
 
 class _RMSNorm:
-    """`Qwen3RMSNorm`."""
+    """`KDARMSNorm`."""
 
     def __init__(self, module: Any):
-        self.weight, self.eps = module.weight, module.variance_epsilon
+        self.weight, self.eps = module.weight, module.eps
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class _KDA:

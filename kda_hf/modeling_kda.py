@@ -14,7 +14,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
-    Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
     apply_rotary_pos_emb,
     eager_attention_forward,
@@ -29,6 +28,21 @@ from .configuration_kda import KDAConfig
 from .decoding import active_program
 from .generation import CACHE_NAME, KDAGenerationMixin, takes_cache
 from .ops import causal_conv1d, chunk_kda, has_kernel, kda_decode_step, recurrent_kda
+
+
+class KDARMSNorm(nn.Module):
+    """`x / sqrt(mean(x²) + eps) · weight` over the last dimension: one kernel on a GPU, in fp32 and rounded once."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
 class KDARMSNormGated(nn.Module):
@@ -391,8 +405,8 @@ class KDAAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_dim, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=bool(config.attention_output_bias))
-        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
-        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.q_norm = KDARMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.k_norm = KDARMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
 
     def forward(
         self,
@@ -438,8 +452,8 @@ class KDADecoderLayer(GradientCheckpointingLayer):
         else:
             self.self_attn = KDAAttention(config, layer_idx)
         self.mlp = Qwen3MLP(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = KDARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = KDARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     @takes_cache
     def forward(
@@ -527,7 +541,7 @@ class KDAModel(KDAPreTrainedModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([KDADecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = KDARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config) if config.rope_parameters else None
         self.gradient_checkpointing = False
         self.post_init()
