@@ -16,17 +16,12 @@ __device__ __forceinline__ int load_for_hint(const int* address) {
   return word;
 }
 
-// Copies 8 or 16 bytes from global to shared memory, without registers. All threads that read them wait for their own copies,
-// and then for each other.
-template <int kBytes = 16>
+// Copies 16 bytes from global to shared memory, without registers. All threads that read them wait for their own copies, and
+// then for each other.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-  } else {
-    static_assert(kBytes == 8);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(from) : "memory");
-  }
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
 }
 
 // Copies `bytes`, a multiple of 16 at such addresses, with several threads, of which this is number `thread`.

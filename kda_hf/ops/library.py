@@ -243,43 +243,21 @@ def _(*args: Any) -> Tensors:
     "Tensor q_conv_weight, Tensor k_conv_weight, Tensor v_conv_weight, Tensor norm_weight, float norm_eps, "
     "Tensor? state_indices, bool allow_neg_eigval, bool state_v_first) -> Tensor o"
 )
-def kda_decode_step(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    output_gate: torch.Tensor,
-    scale: float,
-    A_log: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    lower_bound: float | None,
-    recurrent_state: torch.Tensor,
-    conv_state: torch.Tensor,
-    q_conv_weight: torch.Tensor,
-    k_conv_weight: torch.Tensor,
-    v_conv_weight: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_eps: float,
-    state_indices: torch.Tensor | None,
-    allow_neg_eigval: bool,
-    state_v_first: bool,
-) -> torch.Tensor:
-    if q.shape[0] == 0 or len(recurrent_state) == 0:
+def kda_decode_step(*args: Any) -> torch.Tensor:
+    *inputs, state_indices, allow_neg_eigval, state_v_first = args
+    v, states = inputs[2], inputs[10:12]  # recurrent_state, conv_state
+    flags: Any = {"allow_neg_eigval": allow_neg_eigval, "state_v_first": state_v_first}
+    if len(v) == 0 or len(states[0]) == 0:
         return torch.zeros_like(v, memory_format=torch.contiguous_format)
-    gate = (scale, A_log, dt_bias, lower_bound)
-    # fmt: off
-    others = (q_conv_weight, k_conv_weight, v_conv_weight, norm_weight, norm_eps, allow_neg_eigval, state_v_first)
-    # fmt: on
     if state_indices is None:
-        o = recurrent.decode_step(q, k, v, g, beta, output_gate, *gate, recurrent_state, conv_state, *others)
-        return o.contiguous()
-    indices, row, used = _pool_rows(state_indices, len(recurrent_state))
-    before = conv_state.index_select(0, indices), recurrent_state.index_select(0, indices)
-    conv_after, state_after = (x.clone() for x in before)
-    o = recurrent.decode_step(q, k, v, g, beta, output_gate, *gate, state_after, conv_after, *others)
-    conv_state.index_copy_(0, indices, torch.where(used[row, None, None], conv_after[row], before[0]))
-    recurrent_state.index_copy_(0, indices, torch.where(used[row, None, None, None], state_after[row], before[1]))
+        return recurrent.decode_step(*inputs, **flags).contiguous()
+    indices, row, used = _pool_rows(state_indices, len(states[0]))
+    before = [pool.index_select(0, indices) for pool in states]
+    after = [x.clone() for x in before]
+    o = recurrent.decode_step(*inputs[:10], *after, *inputs[12:], **flags)
+    for pool, old, new in zip(states, before, after, strict=True):
+        is_used = used[row].view(-1, *[1] * (pool.ndim - 1))
+        pool.index_copy_(0, indices, torch.where(is_used, new[row], old))
     return o.masked_fill(~used[:, None, None, None], 0).contiguous()
 
 

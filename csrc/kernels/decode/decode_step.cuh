@@ -28,7 +28,7 @@ constexpr int kHintedPart = 2;
 
 template <class Element, int K, int V, bool kValuesFirst, class State>
 struct StepSmem {
-  alignas(16) char state[K * V * sizeof(State)];
+  alignas(128) char state[K * V * sizeof(State)];
   int64_t matrix, out;  // of the state and the first output
   Token<K> token;
   float values[V], outputs[V];
@@ -152,7 +152,7 @@ template <class Element, int K, int V, bool kValuesFirst, class State>
 __global__ void __launch_bounds__(kStepThreads, kStepCtas) decode_step(const __grid_constant__ DecodeStepParams p) {
   constexpr int kThreads = kStepThreads, kWarps = kThreads / 32, kAll = 3 * K + V;
   constexpr int kOwn = (kAll + kThreads - 1) / kThreads;  // channels of a thread
-  extern __shared__ __align__(16) char smem_bytes[];
+  extern __shared__ __align__(128) char smem_bytes[];
   auto& smem = *reinterpret_cast<StepSmem<Element, K, V, kValuesFirst, State>*>(smem_bytes);
   using OwnSlice = Slice<K, V, kStepThreads, kValuesFirst, State, false>;
 

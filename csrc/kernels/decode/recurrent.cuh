@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kRecurrentThreads, (kRecurrentCtas<kCalls, kWi
   constexpr bool kFew = kCalls != Calls::kAny;
   constexpr int kThreads = kRecurrentThreads, kWarps = kThreads / 32;
   static_assert(kWarps == 4);  // which copy rows of four kinds
-  extern __shared__ __align__(16) char smem_bytes[];
+  extern __shared__ __align__(128) char smem_bytes[];
   Smem& smem = *reinterpret_cast<Smem*>(smem_bytes);
   Rows* const rows = reinterpret_cast<Rows*>(smem_bytes + Smem::rows());
   Token<K>* const tokens = reinterpret_cast<Token<K>*>(smem_bytes + Smem::tokens(p.tokens_at_a_time));

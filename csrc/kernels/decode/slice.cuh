@@ -426,8 +426,8 @@ class Slice {
   }
 
   Exchange& exchange_;
-  const int V_, first_, warp_, lane_,
-      own_;  // elements from a matrix's first to the first of these channels, of this thread
+  const int V_, first_, warp_, lane_;  // first_: elements from a matrix's first to the first of these channels
+  const int own_;                      // to the first of this thread
   float s_[kHeld ? kSteps : 1][4];
 };
 
