@@ -129,9 +129,10 @@ __global__ void __launch_bounds__(kRecurrentThreads, (kRecurrentCtas<kCalls, kWi
 
   launch_dependents();
   const int resident = kRecurrentCtas<kCalls, kWidth> * p.num_sms;
+  int guess = -1;
   if (blockIdx.x < resident) {  // others come when the kernel before this one has ended, with hints from earlier CTAs
-    if (const int row = row_for_hint(p, n); row >= 0)
-      OwnSlice::hint_at(p.initial_state, static_cast<int64_t>(row) * p.HV + head, p.V, first / kWidth);
+    guess = row_for_hint(p, n);
+    if (guess >= 0) OwnSlice::hint_at(p.initial_state, static_cast<int64_t>(guess) * p.HV + head, p.V, first / kWidth);
     if (is_dense) {
       source.hint_at(lane);
       if (warp == 0 && lane < p.T) hint(static_cast<const char*>(p.beta) + beta_at * size_of(p.beta_dtype));
@@ -150,9 +151,10 @@ __global__ void __launch_bounds__(kRecurrentThreads, (kRecurrentCtas<kCalls, kWi
     start = load_integer(p.cu_seqlens, p.cu_seqlens_is_int64, n).clamped(p.T, p.cu_seqlens_is_int64);
     end = load_integer(p.cu_seqlens, p.cu_seqlens_is_int64, n + 1).clamped(p.T, p.cu_seqlens_is_int64);
   }
-  const Integer row = load_row(p, n);
-  const bool has_row = row.is_below(p.rows, p.state_indices_is_int64);
-  const int64_t matrix = static_cast<int64_t>(row.low) * p.HV + head;
+  // The first CTAs copy from the row that their hint was for, and look only then whether it still is that one.
+  const bool guesses = kFew && p.state_indices != nullptr && guess >= 0;
+  Integer row = load_row(p, n);
+  int64_t matrix = static_cast<int64_t>(guesses ? guess : row.low) * p.HV + head;
   const auto clear_outputs = [&](int from, int to) {
 #pragma unroll 1
     for (int i = from * kWidth + static_cast<int>(threadIdx.x); i < to * kWidth; i += kThreads)
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(kRecurrentThreads, (kRecurrentCtas<kCalls, kWi
   };
 
   if (!kFew && p.cu_seqlens != nullptr && n == p.N - 1) clear_outputs(end, p.T);  // tokens that no sequence has
-  if (!has_row) {
+  if (!guesses && !row.is_below(p.rows, p.state_indices_is_int64)) {
     clear_outputs(start, end);
     return;
   }
@@ -212,6 +214,20 @@ __global__ void __launch_bounds__(kRecurrentThreads, (kRecurrentCtas<kCalls, kWi
   commit_copies();
   if (has_state) state.copy(p.initial_state, matrix, smem.state);
   commit_copies();
+  if (guesses) {
+    row = waited_for(row);
+    if (!row.is_below(p.rows, p.state_indices_is_int64)) {
+      wait_for_copies<0>();
+      clear_outputs(start, end);
+      return;
+    }
+    if (row.low != guess) {
+      matrix = static_cast<int64_t>(row.low) * p.HV + head;
+      wait_for_copies<0>();  // they go to the same places
+      state.copy(p.initial_state, matrix, smem.state);
+      commit_copies();
+    }
+  }
   if (const int index = blockIdx.x + kHintedAhead * p.num_sms; has_state && index >= resident) {
     const auto next = item_of<kWidth>(p, index);
     const Integer its_row = next.n < p.N ? load_row(p, next.n) : Integer{-1, -1};

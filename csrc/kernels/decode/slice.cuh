@@ -32,24 +32,6 @@ struct alignas(16) Token {
 
 __device__ __forceinline__ int size_of(DType dtype) { return dtype == DType::kFP32 ? 4 : 2; }
 
-template <class T>
-__device__ __forceinline__ float rounded(float x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __bfloat162float(__float2bfloat16(x));
-  if constexpr (std::is_same_v<T, __half>) return __half2float(__float2half(x));
-  return x;
-}
-
-template <class T>
-__device__ __forceinline__ void store_value(void* base, int64_t index, float x) {
-  if constexpr (std::is_same_v<T, float>) {
-    static_cast<float*>(base)[index] = x;
-  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    static_cast<__nv_bfloat16*>(base)[index] = __float2bfloat16(x);
-  } else {
-    static_cast<__half*>(base)[index] = __float2half(x);
-  }
-}
-
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal_approx(1.0f + expf(-x)); }
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -146,13 +128,19 @@ __device__ __forceinline__ Integer load_row(const RecurrentParams& p, int n) {
   return p.state_indices == nullptr ? Integer{n, 0} : load_integer(p.state_indices, p.state_indices_is_int64, n);
 }
 
-// The same for a hint, before the kernel waits for the one that may still write it: -1 for none.
+// The same for a hint or a guess, before the kernel waits for the one that may still write it: -1 for none.
 __device__ __forceinline__ int row_for_hint(const RecurrentParams& p, int n) {
   if (p.initial_state == nullptr) return -1;
   if (p.state_indices == nullptr) return n;
   const int64_t word = p.state_indices_is_int64 ? 2 * static_cast<int64_t>(n) : n;
   const int row = load_for_hint(static_cast<const int*>(p.state_indices) + word);
   return row < p.rows ? row : -1;
+}
+
+// The same number, waited for here and not before: the compiler moves what uses a load ahead of copies that do not, but not a
+// shuffle. With a whole warp, all of which has it.
+__device__ __forceinline__ Integer waited_for(Integer x) {
+  return {__shfl_sync(0xffffffffu, x.low, 0), __shfl_sync(0xffffffffu, x.high, 0)};
 }
 
 // kWidth value channels of a state and kThreads threads. kHeld: in registers, for any number of tokens. Else it stays in shared
