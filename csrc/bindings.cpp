@@ -19,8 +19,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "api/attention.h"
 #include "api/conv.h"
 #include "api/decode.h"
+#include "api/linear.h"
 #include "api/prefill.h"
 
 // Only a torch with CUDA has it. Weak, so that the extension loads, and can say what it needs, with a CPU torch too.
@@ -607,6 +609,171 @@ void causal_conv1d(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor initia
   final_output.copy_back();
 }
 
+// Matrices or rows on one device that has the kernels, which this returns.
+int32_t check_matrices(std::initializer_list<const Tensor*> matrices) {
+  const Tensor& first = **matrices.begin();
+  const int32_t device = first.get_device_index();
+  for (const Tensor* matrix : matrices) {
+    require(matrix->is_cuda() && matrix->get_device_index() == device, "the tensors must be on one CUDA device");
+    require(matrix->scalar_type() == first.scalar_type(), "the tensors must have one dtype");
+    require(matrix->strides().back() == 1, "the tensors must have contiguous rows");
+  }
+  require(device_info(device).capability == 90, "the device is not of compute capability 9.0");
+  return device;
+}
+
+bool has_aligned_vectors(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  return is_aligned(x) && (sizes.size() < 2 || sizes[0] == 1 || strides[0] % 8 == 0);
+}
+
+int64_t row_stride(const Tensor& x) { return x.size(0) == 1 ? x.size(1) : x.stride(0); }
+
+void linear(Tensor x, Tensor weight, Tensor out, MaybeTensor norm_weight, double norm_eps, MaybeTensor residual,
+            int64_t groups, bool swiglu) {
+  require(x.dim() == 2 && weight.dim() == 2 && out.dim() == 2, "`x`, `weight` and `out` must have two dimensions");
+  const int64_t M = x.size(0), K = weight.size(1), N = weight.size(0) / (swiglu ? 2 : 1);
+  require(K > 0 && N > 0 && groups > 0 && x.size(1) == groups * K && N % groups == 0,
+          "`x` must have shape [M, groups * K], and `weight` [N, K]");
+  require(!swiglu || weight.size(0) % 2 == 0, "`weight` must have an even number of rows with `swiglu`");
+  require(has_shape(out, {M, N}), "`out` must have shape [M, N]");
+  require(!residual || has_shape(*residual, {M, N}), "`residual` must have shape [M, N]");
+  require(!norm_weight || has_shape(*norm_weight, {K}), "`norm_weight` must have shape [K]");
+  require(weight.is_contiguous(), "`weight` must be contiguous");
+  const int32_t device =
+      check_matrices({&x, &weight, &out, residual ? &*residual : &x, norm_weight ? &*norm_weight : &x});
+
+  require(has_aligned_vectors(x), "`x` must have rows of aligned vectors");
+  require(is_aligned(weight) && (!norm_weight || is_aligned(*norm_weight)), "the weights must be aligned");
+
+  kda::LinearParams params{};
+  params.M = as_int(M, "x"), params.N = as_int(N, "weight"), params.K = as_int(K, "weight");
+  params.groups = as_int(groups, "groups"), params.swiglu = swiglu;
+  params.dtype = dtype_of(x.scalar_type(), "x");
+  params.x_stride = row_stride(x), params.out_stride = row_stride(out);
+  params.residual_stride = residual ? row_stride(*residual) : 0;
+  params.norm_eps = static_cast<float>(norm_eps);
+  params.x = x.const_data_ptr(), params.weight = weight.const_data_ptr(), params.out = out.mutable_data_ptr();
+  params.norm_weight = norm_weight ? norm_weight->const_data_ptr() : nullptr;
+  params.residual = residual ? residual->const_data_ptr() : nullptr;
+  params.num_sms = device_info(device).sms;
+  if (const char* reason = kda::linear_refusal(params)) refuse(reason);
+  if (M == 0) return;
+  const Place place(device);
+  check_cuda(kda::linear(params, place.stream()), "linear");
+}
+
+void rows(const Tensor& x, const Tensor* weight, double norm_eps, Tensor& out) {
+  require(x.dim() == 2 && out.dim() == 2, "`x` and `out` must have two dimensions");
+  const int64_t M = x.size(0), N = out.size(1);
+  require(has_shape(x, {M, weight == nullptr ? 2 * N : N}) && out.size(0) == M, "`x` must have the rows of `out`");
+  require(weight == nullptr || has_shape(*weight, {N}), "`weight` must have shape [N]");
+  const int32_t device = check_matrices({&x, &out, weight == nullptr ? &x : weight});
+  for (const Tensor* tensor : {&x, static_cast<const Tensor*>(&out), weight == nullptr ? &x : weight})
+    require(has_aligned_vectors(*tensor), "the tensors must have rows of aligned vectors");
+
+  kda::RowsParams params{};
+  params.M = as_int(M, "x"), params.N = as_int(N, "x");
+  params.dtype = dtype_of(x.scalar_type(), "x");
+  params.x = x.const_data_ptr(), params.out = out.mutable_data_ptr();
+  params.weight = weight == nullptr ? nullptr : weight->const_data_ptr();
+  params.x_stride = row_stride(x), params.out_stride = row_stride(out);
+  params.norm_eps = static_cast<float>(norm_eps);
+  if (const char* reason = kda::rows_refusal(params)) refuse(reason);
+  if (M * N == 0) return;
+  const Place place(device);
+  check_cuda(kda::rows(params, place.stream()), "rows");
+}
+
+void rms_norm(Tensor x, Tensor weight, double eps, Tensor out) { rows(x, &weight, eps, out); }
+
+void swiglu(Tensor x, Tensor out) { rows(x, nullptr, 0, out); }
+
+void attention_step(Tensor q, Tensor k, Tensor v, Tensor key_cache, Tensor value_cache, Tensor length,
+                    MaybeTensor starts, MaybeTensor q_norm_weight, MaybeTensor k_norm_weight, double norm_eps,
+                    MaybeTensor cos, MaybeTensor sin, double scale, Tensor workspace, Tensor out) {
+  require(q.dim() == 3 && k.dim() == 3 && key_cache.dim() == 4,
+          "`q` must have shape [B, H, D], and `key_cache` [B, KVH, capacity, D]");
+  const int64_t B = q.size(0), H = q.size(1), D = q.size(2), KVH = k.size(1), capacity = key_cache.size(2);
+  require(has_shape(k, {B, KVH, D}) && has_shape(v, {B, KVH, D}), "`k` and `v` must have shape [B, KVH, D]");
+  require(has_shape(key_cache, {B, KVH, capacity, D}) && has_shape(value_cache, {B, KVH, capacity, D}),
+          "`key_cache` and `value_cache` must have shape [B, KVH, capacity, D]");
+  require(has_shape(out, {B, H, D}), "`out` must have the shape of `q`");
+  require(length.numel() == 1 && length.scalar_type() == ScalarType::Long, "`length` must be one int64");
+  require(!starts || has_shape(*starts, {B}), "`starts` must have shape [B]");
+  require(!starts || starts->scalar_type() == ScalarType::Int || starts->scalar_type() == ScalarType::Long,
+          "`starts` must be int32 or int64");
+  for (const MaybeTensor* weight : {&q_norm_weight, &k_norm_weight})
+    require(!*weight || has_shape(**weight, {D}), "`q_norm_weight` and `k_norm_weight` must have shape [D]");
+  require(cos.has_value() == sin.has_value(), "`cos` and `sin` must come together");
+  for (const MaybeTensor* x : {&cos, &sin})
+    require(!*x || has_shape(**x, {B, D}) || has_shape(**x, {1, D}),
+            "`cos` and `sin` must have shape [B, D] or [1, D]");
+  require(!cos || cos->size(0) == sin->size(0), "`cos` and `sin` must have one shape");
+
+  const int32_t device = q.get_device_index();
+  for (const Tensor* x : {&q, &k, &v, &key_cache, &value_cache, &out, q_norm_weight ? &*q_norm_weight : &q,
+                          k_norm_weight ? &*k_norm_weight : &q, cos ? &*cos : &q, sin ? &*sin : &q}) {
+    require(x->scalar_type() == q.scalar_type(), "the tensors must have one dtype");
+    require(x->strides().back() == 1 && is_aligned(*x), "the tensors must have rows of aligned vectors");
+  }
+  for (const Tensor* x :
+       {&q, &k, &v, &key_cache, &value_cache, &out, &length, &workspace, starts ? &*starts : &q,
+        q_norm_weight ? &*q_norm_weight : &q, k_norm_weight ? &*k_norm_weight : &q, cos ? &*cos : &q, sin ? &*sin : &q})
+    require(x->is_cuda() && x->get_device_index() == device, "the tensors must be on one CUDA device");
+  const DeviceInfo info = device_info(device);
+  require(info.capability == 90, "the device is not of compute capability 9.0");
+  require(key_cache.is_contiguous() && value_cache.is_contiguous(), "the caches must be contiguous");
+  require(!starts || starts->is_contiguous(), "`starts` must be contiguous");
+  for (const Tensor* x : {&q, &k, &v, &out}) {
+    require(x->size(1) == 1 || x->stride(1) == D, "`q`, `k`, `v` and `out` must have heads one after the other");
+    require(B == 1 || (x->stride(0) > 0 && x->stride(0) % 8 == 0),
+            "`q`, `k`, `v` and `out` must have rows of aligned vectors");
+  }
+  for (const MaybeTensor* x : {&cos, &sin})
+    require(!*x || (*x)->size(0) == 1 || ((*x)->stride(0) == cos->stride(0) && (*x)->stride(0) % 8 == 0),
+            "`cos` and `sin` must have rows of aligned vectors, of one stride");
+
+  kda::AttentionStepParams params{};
+  params.B = as_int(B, "q"), params.H = as_int(H, "q"), params.KVH = as_int(KVH, "k"), params.D = as_int(D, "q");
+  params.capacity = as_int(capacity, "key_cache");
+  params.dtype = dtype_of(q.scalar_type(), "q");
+  if (const char* reason = kda::attention_step_refusal(params)) refuse(reason);
+  const size_t bytes = kda::attention_step_workspace_bytes(params.B, params.H, params.KVH, params.D, params.capacity);
+  require(is_plain(workspace) && static_cast<size_t>(workspace.numel()) * workspace.element_size() >= bytes,
+          "`workspace` must be contiguous, and have attention_step_workspace_bytes(...) bytes");
+  if (B == 0) return;
+
+  const auto stride = [&](const Tensor& rows) { return B == 1 ? rows.size(1) * D : rows.stride(0); };
+  params.q = q.const_data_ptr(), params.k = k.const_data_ptr(), params.v = v.const_data_ptr();
+  params.q_stride = stride(q), params.k_stride = stride(k), params.v_stride = stride(v);
+  params.key_cache = key_cache.mutable_data_ptr(), params.value_cache = value_cache.mutable_data_ptr();
+  params.length = static_cast<const int64_t*>(length.const_data_ptr());
+  params.starts = starts ? starts->const_data_ptr() : nullptr;
+  params.starts_are_int64 = starts && starts->scalar_type() == ScalarType::Long;
+  params.q_norm_weight = q_norm_weight ? q_norm_weight->const_data_ptr() : nullptr;
+  params.k_norm_weight = k_norm_weight ? k_norm_weight->const_data_ptr() : nullptr;
+  params.norm_eps = static_cast<float>(norm_eps);
+  params.cos = cos ? cos->const_data_ptr() : nullptr, params.sin = sin ? sin->const_data_ptr() : nullptr;
+  params.rotary_stride = cos && cos->size(0) > 1 ? cos->stride(0) : 0;
+  params.scale = static_cast<float>(scale);
+  params.workspace = workspace.mutable_data_ptr();
+  params.out = out.mutable_data_ptr(), params.out_stride = stride(out);
+  params.num_sms = info.sms;
+  const Place place(device);
+  check_cuda(kda::attention_step(params, place.stream()), "attention_step");
+}
+
+// Needs no device.
+int64_t attention_step_workspace_bytes(int64_t B, int64_t H, int64_t KVH, int64_t D, int64_t capacity) {
+  kda::AttentionStepParams params{};
+  params.B = as_int(B, "q"), params.H = as_int(H, "q"), params.KVH = as_int(KVH, "k"), params.D = as_int(D, "q");
+  params.capacity = as_int(capacity, "key_cache");
+  if (const char* reason = kda::attention_step_refusal(params)) refuse(reason);
+  return static_cast<int64_t>(
+      kda::attention_step_workspace_bytes(params.B, params.H, params.KVH, params.D, params.capacity));
+}
+
 // Why no call with these widths and dtypes could be served, or an empty string. Needs no device.
 template <class Params>
 std::string refusal(const char* (&of)(const Params&), int64_t K, int64_t V, ScalarType dtype, ScalarType state_dtype) {
@@ -656,6 +823,16 @@ STABLE_TORCH_LIBRARY(kda_hf_cuda, m) {
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) y, "
       "Tensor(b!)? final_state, bool silu) -> ()");
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor(a!) out, Tensor? norm_weight, float norm_eps, Tensor? residual, "
+      "int groups, bool swiglu) -> ()");
+  m.def(
+      "attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor length, "
+      "Tensor? starts, Tensor? q_norm_weight, Tensor? k_norm_weight, float norm_eps, Tensor? cos, Tensor? sin, "
+      "float scale, Tensor(c!) workspace, Tensor(d!) out) -> ()");
+  m.def("attention_step_workspace_bytes(int B, int H, int KVH, int D, int capacity) -> int");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()");
+  m.def("swiglu(Tensor x, Tensor(a!) out) -> ()");
   m.def("prefill_refusal(int K, int V, ScalarType dtype, ScalarType state_dtype) -> str");
   m.def("recurrent_refusal(int K, int V, ScalarType dtype, ScalarType state_dtype) -> str");
 }
@@ -665,9 +842,14 @@ STABLE_TORCH_LIBRARY_IMPL(kda_hf_cuda, CUDA, m) {
   m.impl("recurrent", TORCH_BOX(&recurrent));
   m.impl("decode_step", TORCH_BOX(&decode_step));
   m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("attention_step", TORCH_BOX(&attention_step));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("swiglu", TORCH_BOX(&swiglu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kda_hf_cuda, CompositeExplicitAutograd, m) {
   m.impl("prefill_refusal", TORCH_BOX(&prefill_refusal));
   m.impl("recurrent_refusal", TORCH_BOX(&recurrent_refusal));
+  m.impl("attention_step_workspace_bytes", TORCH_BOX(&attention_step_workspace_bytes));
 }

@@ -1,6 +1,7 @@
 """One call of the kernels for each instance and each kind of sequence, small: scripts/sanitize.sh runs it.
 
-An argument names compute-sanitizer's tool, since racecheck can't follow two of the calls."""
+The first argument names compute-sanitizer's tool, since racecheck can't follow two of the calls. Others choose parts of
+the calls: rows, conv, decode, prefill."""
 
 import itertools
 import sys
@@ -150,11 +151,61 @@ def run_conv(dtype: torch.dtype, width: int, lengths: list[int] | None, state: t
     assert y.cpu().isfinite().all() and (states is None or states.cpu().isfinite().all())
 
 
-def main() -> None:
-    torch.manual_seed(0)
+def run_rows(dtype: torch.dtype, M: int, N: int, K: int) -> None:
+    """Products of a decode step, with and without what they do besides, and what stands between those of more rows."""
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).to(dtype).cuda()
+
+    x, weight, norm, residual = tensor(M, K), tensor(2 * N, K), tensor(K), tensor(M, 2 * N)
+    out = torch.empty(M, 2 * N, dtype=dtype, device="cuda")
+    torch.ops.kda_hf_cuda.linear(x, weight, out, None, 0.0, None, 1, False)
+    torch.ops.kda_hf_cuda.linear(x, weight, residual, norm, 1e-6, residual, 1, False)
+    half = torch.empty(M, N, dtype=dtype, device="cuda")
+    torch.ops.kda_hf_cuda.linear(x, weight, half, norm, 1e-6, None, 1, True)
+    normed = torch.empty_like(x)
+    torch.ops.kda_hf_cuda.rms_norm(x, norm, 1e-6, normed)
+    assert all(y.cpu().isfinite().all() for y in (out, residual, half, normed))
+    if N % 8 == 0:
+        torch.ops.kda_hf_cuda.swiglu(out, half)
+    if N % 64 == 0:
+        torch.ops.kda_hf_cuda.linear(tensor(M, 2 * K), weight, out, None, 0.0, None, 2, False)
+    assert half.cpu().isfinite().all() and out.cpu().isfinite().all()
+
+
+def run_attention(dtype: torch.dtype, H: int, KVH: int, D: int, lengths: tuple[int, ...]) -> None:
+    """A step of attention after another, with one workspace."""
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).to(dtype).cuda()
+
+    B, capacity = 2, max(lengths) + 5
+    keys, values = tensor(B, KVH, capacity, D), tensor(B, KVH, capacity, D)
+    size = torch.ops.kda_hf_cuda.attention_step_workspace_bytes(B, H, KVH, D, capacity)
+    workspace, starts = torch.zeros(size, dtype=torch.uint8).cuda(), torch.tensor([0, 3]).cuda()
+    for length in lengths:
+        out = torch.empty(B, H, D, dtype=dtype, device="cuda")
+        torch.ops.kda_hf_cuda.attention_step(
+            *(tensor(B, heads, D) for heads in (H, KVH, KVH)), keys, values, torch.tensor([length]).cuda(), starts,
+            tensor(D), tensor(D), 1e-6, tensor(B, D), tensor(B, D), D**-0.5, workspace, out,
+        )  # fmt: skip
+        assert out.cpu().isfinite().all()
+
+
+def rows() -> None:
+    for dtype, M, (N, K) in itertools.product(DTYPES, (1, 8), ((64, 128), (33, 264), (4608, 1032), (40, 2560))):
+        run_rows(dtype, M, N, K)
+    for dtype, D, (H, KVH) in itertools.product(DTYPES, (64, 128), ((16, 4), (9, 1), (32, 1))):
+        run_attention(dtype, H, KVH, D, (0, 3, 127, 128, 300, 2100))
+
+
+def conv() -> None:
     for dtype, width, state in itertools.product((*DTYPES, torch.float32), (2, 3, 4), (None, torch.float32, *DTYPES)):
         for lengths in (None, [5, 0, 1, 2, 3, 70]):
             run_conv(dtype, width, lengths, state)
+
+
+def decode() -> None:
     for dtype, state, (K, V), v_first in itertools.product(
         (*DTYPES, torch.float32), (torch.float32, torch.bfloat16), WIDTHS, (False, True)
     ):
@@ -167,15 +218,26 @@ def main() -> None:
         for lengths, tokens in ((None, 1), (None, 2), ([1, 0, 2] * 80, 0), ([3, 0, 2] * 80, 0)):
             run_recurrent(torch.bfloat16, 128, 128, "safe", lengths, v_first, state, sequences=240, tokens=tokens)
         run_step(torch.bfloat16, 128, 128, 4, v_first, state, HV=2, sequences=240)
+
+
+def prefill(tool: str) -> None:
     for dtype, (K, V), gate, lengths in itertools.product(DTYPES, WIDTHS, GATES, LENGTHS):
         run(dtype, K, V, gate, lengths, state_v_first=dtype == torch.float16)
     for (K, V), v_first in zip(WIDTHS, (False, True, True, False), strict=True):  # states are composed
         run(torch.bfloat16, K, V, "mild", [3100, 70], state_v_first=v_first)
     run(torch.bfloat16, 128, 128, "steep", [1500, 70], state_v_first=True)  # segments that begin with zeros
-    if sys.argv[1:] != ["racecheck"]:  # which does not see what the CTAs of a cluster tell each other's barriers
+    if tool != "racecheck":  # which does not see what the CTAs of a cluster tell each other's barriers
         run(torch.bfloat16, 128, 128, "mild", [4800], state_v_first=False, HV=20)  # composed, by clusters
         run(torch.bfloat16, 128, 128, "safe", [2048], state_v_first=False, HV=96)  # as below, with clusters
     run(torch.bfloat16, 128, 64, "safe", [2048], state_v_first=False, HV=96)  # both kernels side by side
+
+
+def main() -> None:
+    tool, *chosen = sys.argv[1:] or [""]
+    torch.manual_seed(0)
+    for name, part in {"rows": rows, "conv": conv, "decode": decode, "prefill": lambda: prefill(tool)}.items():
+        if not chosen or name in chosen:
+            part()
     torch.cuda.synchronize()
     print("every call served")
 

@@ -100,6 +100,13 @@ __device__ __forceinline__ uint32_t multiply_half2(uint32_t a, uint32_t b) {
 }
 
 template <class T>
+__device__ __forceinline__ float rounded(float x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __bfloat162float(__float2bfloat16(x));
+  if constexpr (std::is_same_v<T, __half>) return __half2float(__float2half(x));
+  return x;
+}
+
+template <class T>
 __device__ __forceinline__ float load_float(const void* base, int64_t index) {
   if constexpr (sizeof(T) == 4) {
     return static_cast<const float*>(base)[index];
@@ -107,6 +114,17 @@ __device__ __forceinline__ float load_float(const void* base, int64_t index) {
     return __half2float(static_cast<const __half*>(base)[index]);
   } else {
     return __bfloat162float(static_cast<const __nv_bfloat16*>(base)[index]);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_value(void* base, int64_t index, float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    static_cast<float*>(base)[index] = x;
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    static_cast<__nv_bfloat16*>(base)[index] = __float2bfloat16(x);
+  } else {
+    static_cast<__half*>(base)[index] = __float2half(x);
   }
 }
 

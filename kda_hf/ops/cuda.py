@@ -81,6 +81,13 @@ def _refused_by_device(index: int | None) -> str | None:
     )
 
 
+def refusal_of_device(device: torch.device) -> str | None:
+    """Why no kernel of the extension runs there, or None."""
+    if device.type != "cuda":
+        return f"the tensors are on {device}"
+    return _unavailable or _refused_by_device(device.index)
+
+
 @torch.compiler.assume_constant_result
 def _refused_by_kernel(kernel: str, K: int, V: int, dtype: torch.dtype, state_dtype: torch.dtype) -> str | None:
     return _refusals[kernel](K, V, dtype, state_dtype) or None

@@ -1,0 +1,170 @@
+"""What a decode step consists of beside its mixers: products of few rows with large weights, norms and SwiGLU.
+
+Two implementations of the same functions: PyTorch's, and kernels of the CUDA extension, which do more in a call and
+overlap with each other. `norm` is a pair of a weight `[K]` and an epsilon.
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
+
+from . import cuda
+
+
+Norm = tuple[torch.Tensor, float]
+MOST_ROWS = 8  # of the kernel for products; torch's take more of them, at the speed of the weight too
+GROUP_ROWS = 64  # rows of a group's weight are a multiple of these
+ATTENTION_WIDTHS = (64, 128)
+MOST_GROUPED = 32  # heads of queries that share one of keys
+
+
+class TorchRows:
+    """By PyTorch."""
+
+    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """`x / sqrt(mean(x²) + eps) · weight` of `[M, K]`."""
+        return F.rms_norm(x, norm[0].shape, *norm)
+
+    def product(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        norm: Norm | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`norm(x) · weightᵀ + residual`, of `[M, K]` and `[N, K]`. The result may take the place of `residual`."""
+        y = F.linear(x if norm is None else self.norm(x, norm), weight)
+        return y if residual is None else residual + y
+
+    def swiglu(self, x: torch.Tensor, weight: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """`silu(y of gate) · y of up`, `[M, N]`, with y = `norm(x) · weightᵀ` and `weight` `[2 N, K]`, gate first."""
+        gate, up = self.product(x, weight, norm).chunk(2, -1)
+        return F.silu(gate) * up
+
+    def grouped(self, x: torch.Tensor, weight: torch.Tensor, groups: int) -> list[torch.Tensor]:
+        """Products `[M, N]` of each group of columns of x `[M, groups · K]` with one of rows of `[groups · N, K]`."""
+        return [F.linear(*pair) for pair in zip(x.chunk(groups, -1), weight.chunk(groups), strict=True)]
+
+    def attention_workspace(self, like: torch.Tensor, *sizes: int) -> torch.Tensor | None:
+        """What `attention_step` needs for batch, heads of queries, heads of keys, capacity and width."""
+        return None
+
+    def attention_step(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        length: torch.Tensor,
+        starts: torch.Tensor,
+        norms: tuple[torch.Tensor, torch.Tensor, float] | None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        scale: float,
+        workspace: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """
+        One token through softmax attention, with norm and RoPE; its key and value become number `length` of those kept.
+
+        Args:
+            q: `[B, H, D]`; k and v: `[B, KVH, D]`, before their norm.
+            keys, values: `[B, KVH, capacity, D]`, of which a row's first `starts` `[B]` are none.
+            length: `[1]`, how many there are.
+            norms: weights `[D]` for q and k, and an epsilon.
+            rotary: cosines and sines `[B, 1, D]`.
+
+        Returns:
+            `[B, H, D]`.
+        """
+        if norms is not None:
+            q, k = self.norm(q, (norms[0], norms[2])), self.norm(k, (norms[1], norms[2]))
+        q, k = q.unsqueeze(2), k.unsqueeze(2)
+        if rotary is not None:
+            q, k = apply_rotary_pos_emb(q, k, *rotary)
+        keys.index_copy_(2, length, k)
+        values.index_copy_(2, length, v.unsqueeze(2))
+        at = torch.arange(keys.shape[2], device=q.device)
+        mask = (at <= length) & (at >= starts[:, None])
+        is_grouped = q.shape[1] != k.shape[1]
+        o = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask[:, None, None], scale=scale, enable_gqa=is_grouped
+        )
+        return o.squeeze(2)
+
+
+class KernelRows(TorchRows):
+    """By the CUDA extension: see `refusal`."""
+
+    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        out = torch.empty_like(x)
+        torch.ops.kda_hf_cuda.rms_norm(x, *norm, out)
+        return out
+
+    def product(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        norm: Norm | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if len(x) > MOST_ROWS:
+            x = x if norm is None else self.norm(x, norm)
+            return F.linear(x, weight) if residual is None else residual.addmm_(x, weight.t())
+        out = x.new_empty(len(x), len(weight)) if residual is None else residual
+        torch.ops.kda_hf_cuda.linear(x, weight, out, *(norm or (None, 0.0)), residual, 1, False)
+        return out
+
+    def swiglu(self, x: torch.Tensor, weight: torch.Tensor, norm: Norm) -> torch.Tensor:
+        out = x.new_empty(len(x), len(weight) // 2)
+        if len(x) > MOST_ROWS:
+            torch.ops.kda_hf_cuda.swiglu(F.linear(self.norm(x, norm), weight), out)
+        else:
+            torch.ops.kda_hf_cuda.linear(x, weight, out, *norm, None, 1, True)
+        return out
+
+    def grouped(self, x: torch.Tensor, weight: torch.Tensor, groups: int) -> list[torch.Tensor]:
+        if len(x) > MOST_ROWS:
+            return list(torch.bmm(x.view(len(x), groups, -1).transpose(0, 1), weight.unflatten(0, (groups, -1)).mT))
+        out = x.new_empty(len(x), len(weight))
+        torch.ops.kda_hf_cuda.linear(x, weight, out, None, 0.0, None, groups, False)
+        return list(out.chunk(groups, -1))
+
+    def attention_workspace(self, like: torch.Tensor, *sizes: int) -> torch.Tensor | None:
+        batch, heads, key_heads, capacity, width = sizes
+        size = torch.ops.kda_hf_cuda.attention_step_workspace_bytes(batch, heads, key_heads, width, capacity)
+        return torch.zeros(size, dtype=torch.uint8, device=like.device)
+
+    def attention_step(self, q, k, v, keys, values, length, starts, norms, rotary, scale, workspace) -> torch.Tensor:
+        q_norm, k_norm, eps = norms or (None, None, 0.0)
+        cos, sin = (None, None) if rotary is None else (x.squeeze(1) for x in rotary)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        torch.ops.kda_hf_cuda.attention_step(
+            q, k, v, keys, values, length, starts, q_norm, k_norm, eps, cos, sin, scale, workspace, out
+        )
+        return out
+
+
+def refusal(parameters: list[torch.Tensor], attention: Any) -> str | None:
+    """Why the kernels can't serve a model with these `parameters`, or None.
+
+    Args:
+        attention: the model's configuration, if it has attention layers.
+    """
+    if os.environ.get("FLA_FLASH_KDA") == "0" or os.environ.get("KDA_HF_BACKEND", "auto") not in ("auto", "cuda"):
+        return "the environment asks for another backend"
+    first = parameters[0]
+    if any(p.dtype != first.dtype for p in parameters) or first.dtype not in (torch.bfloat16, torch.float16):
+        return "the parameters are not all of one dtype with 16 bits"
+    if any(p.ndim == 2 and p.shape[1] % 8 for p in parameters):
+        return "a weight has rows that are no multiple of 16 bytes"
+    if any(p.data_ptr() % 16 or not p.is_contiguous() for p in parameters):
+        return "a weight is not contiguous, or not aligned"
+    if attention is not None:
+        if attention.head_dim not in ATTENTION_WIDTHS:
+            return f"the attention layers have heads of {attention.head_dim}"
+        if attention.num_attention_heads > MOST_GROUPED * attention.num_key_value_heads:
+            return f"more than {MOST_GROUPED} heads of queries share one of keys"
+    return cuda.refusal_of_device(first.device)
