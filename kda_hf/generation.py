@@ -3,9 +3,12 @@
 import functools
 from typing import Any
 
+import torch
 from transformers import DynamicCache, GenerationMixin, StaticCache
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from . import decode_loop
 from .cache import KDADynamicCache, KDAStaticCache
 from .decoding import decode_program
 
@@ -62,6 +65,49 @@ class KDAGenerationMixin(GenerationMixin):
                 cache.activate_past_recording()
             model_kwargs[CACHE_NAME] = cache
         return result
+
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        """Greedy and sampled decoding, by our own loop where a program serves the call, with the same results."""
+        program = None
+        if not synced_gpus:
+            program = decode_loop.serving_program(self, CACHE_NAME, input_ids, generation_config, model_kwargs)
+        if program is None:
+            return super()._sample(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        cache = model_kwargs[CACHE_NAME]
+        keeps_cache = decode_loop.is_kept(cache, generation_config)
+        outputs = self._prefill(input_ids, generation_config, model_kwargs)
+        logits = outputs.logits[:, -1].to(torch.float32, copy=True)
+        del outputs  # logits of the whole prompt, if the caller asks for them
+        sequences, scores, raw_logits = decode_loop.decode(
+            logits,
+            functools.partial(decode_loop.make_stepper, self, program, cache, keeps_cache, model_kwargs),
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            run_ahead=decode_loop.may_run_ahead(input_ids.device, keeps_cache),
+        )
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=raw_logits, **{CACHE_NAME: cache})
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """Feeds the part of the prompt that the cache has not seen, `prefill_chunk_size` tokens at a time.

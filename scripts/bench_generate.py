@@ -43,14 +43,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--intermediate", type=int, default=5632)
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--prompt", type=int, default=1024)
     parser.add_argument("--new", type=int, default=256, help="tokens")
-    parser.add_argument("--long-prompt", type=int, default=16384, help="whose first token is timed; 0: none")
-    parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 65536], help="of a model of KDA layers alone")
+    parser.add_argument("--new-beside", type=int, default=32, help="tokens of what is measured beside")
+    parser.add_argument(
+        "--contexts",
+        type=int,
+        nargs="*",
+        default=[1024, 4096, 16384, 65536],
+        help="also of a model of KDA layers alone",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     if not torch.cuda.is_available():
-        parser.set_defaults(**SMALL, vocab=4096, batches=[1], prompt=64, new=32, long_prompt=0, contexts=[])
+        parser.set_defaults(**SMALL, vocab=4096, batches=[1], prompt=64, new=32, contexts=[])
     return parser.parse_args()
 
 
@@ -159,32 +165,37 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def timed(model: Any, args: argparse.Namespace, batch: int, prompt: int, **options: Any) -> dict[str, float]:
+def timed(model: Any, args: argparse.Namespace, batch: int, prompt: int, new: int, **options: Any) -> dict[str, float]:
     """Seconds to the first token, of a step, and of the very first call of these shapes."""
     ids = torch.randint(1, args.vocab, (batch, prompt), device=model.device)
     options = {"do_sample": False} | options
 
     def run(new: int) -> float:
-        return seconds(lambda: model.generate(ids, max_new_tokens=new, min_new_tokens=new, **options))
+        return seconds(lambda: model.generate(ids, max_new_tokens=new, **options))
 
-    warm_up = run(args.new)
+    warm_up = run(new)
     run(1)
     first = statistics.median(run(1) for _ in range(args.repeats))
-    total = statistics.median(run(args.new) for _ in range(args.repeats))
-    return {"first_s": first, "step_s": (total - first) / (args.new - 1), "warm_up_s": warm_up - total}
+    total = statistics.median(run(new) for _ in range(args.repeats))
+    return {"first_s": first, "step_s": (total - first) / (new - 1), "warm_up_s": warm_up - total}
 
 
 def measure(args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
-    def add(name: str, model: Any, batch: int, prompt: int, has_floor: bool = True, **options: Any) -> None:
+    def add(
+        name: str, model: Any, batch: int, prompt: int, new: int = args.new, has_floor: bool = True, **options: Any
+    ) -> None:
         row: dict[str, Any] = {"case": name, "batch": batch, "prompt": prompt}
         try:
-            row |= timed(model, args, batch, prompt, **options)
+            row |= timed(model, args, batch, prompt, new, **options)
         except Exception as error:  # of another's model, or memory
             row["error"] = f"{type(error).__name__}: {error}"[:200]
         if has_floor:
-            row["step_floor_s"] = step_bytes(model, batch, prompt + args.new // 2) / rate
+            row["step_floor_s"] = step_bytes(model, batch, prompt + new // 2) / rate
+        if torch.cuda.is_available():
+            row["peak_bytes"] = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
         rows.append(row)
         print(row, flush=True)
 
@@ -192,24 +203,24 @@ def measure(args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion parameters")
     for batch in args.batches:
         add("greedy", model, batch, args.prompt)
-    add("sampled", model, args.batches[0], args.prompt, do_sample=True, top_p=0.9, temperature=0.8)
+    add("greedy, end of text", model, args.batches[0], args.prompt, eos_token_id=args.vocab + 1)
+    add("sampled", model, args.batches[0], args.prompt, do_sample=True, top_k=0)
+    add("sampled, top k and p", model, args.batches[0], args.prompt, do_sample=True, top_p=0.9, temperature=0.8)
+    for context in args.contexts:
+        add("greedy, longer", model, 1, context)
+        rows[-1]["first_floor_s"] = first_token_floor(model, context, rate)
     with by_modules():
-        add("greedy, by modules", model, args.batches[0], args.prompt)
-    if args.long_prompt:
-        add("greedy", model, 1, args.long_prompt)
-        rows[-1]["first_floor_s"] = first_token_floor(model, args.long_prompt, rate)
+        add("greedy, by modules", model, args.batches[0], args.prompt, args.new_beside)
     del model
     release()
     if args.contexts:
         model = ours(args, pure=True)
         for context in args.contexts:
             add("KDA alone", model, 1, context, prefill_chunk_size=min(context, 16384))
-            if torch.cuda.is_available():
-                rows[-1]["peak_bytes"] = torch.cuda.max_memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
         del model
         release()
-    add("transformers' kimi_linear", native(args), args.batches[0], args.prompt, has_floor=False)
+    kimi = native(args)
+    add("transformers' kimi_linear", kimi, args.batches[0], args.prompt, args.new_beside, has_floor=False)
     return rows
 
 

@@ -24,8 +24,9 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch):
-    """On a GPU, widths this small have no kernel."""
+    """On a GPU, widths this small have no kernel, and `generate()` has graphs, which test_decode_graph.py is about."""
     monkeypatch.setattr("kda_hf.modeling_kda.KimiDeltaAttention.steps_at_once", lambda *_: True)
+    monkeypatch.setattr(decoding, "has_graphs", lambda device: False)
 
 
 @pytest.fixture(params=MODELS)
