@@ -173,10 +173,10 @@ def timed(model: Any, args: argparse.Namespace, batch: int, prompt: int, new: in
     def run(new: int) -> float:
         return seconds(lambda: model.generate(ids, max_new_tokens=new, **options))
 
+    repeats = args.repeats if prompt <= 16384 else 1
     warm_up = run(new)
-    run(1)
-    first = statistics.median(run(1) for _ in range(args.repeats))
-    total = statistics.median(run(new) for _ in range(args.repeats))
+    first = statistics.median(run(1) for _ in range(repeats))
+    total = statistics.median(run(new) for _ in range(repeats))
     return {"first_s": first, "step_s": (total - first) / (new - 1), "warm_up_s": warm_up - total}
 
 
