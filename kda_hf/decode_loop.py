@@ -198,8 +198,6 @@ def serving_program(
         return None
     if not isinstance(cache, KDACache) or cache.offloading or not kwargs.get("use_cache"):
         return None
-    if any(cache.layers[kda.layer_idx].records for kda in program.kda_layers):
-        return None
     if not kwargs.keys() <= {*_KNOWN, cache_name} or not isinstance(kwargs.get("logits_to_keep", 1), int):
         return None
     config = generation_config

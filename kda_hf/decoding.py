@@ -196,11 +196,17 @@ class _KDA:
         if self.decay.shape == self.gate.shape and len(self.decay) % rows.GROUP_ROWS == 0:
             self.pair = _joined([self.decay, self.gate], users)
         self.first_of_pair = sum(len(weight) for weight in self.projections.weights[:3])
-        self.parameters = module.step_parameters()
+        self.parameters, self.replay = module.step_parameters(), module.replay
         self.scale = self.head_dim**-0.5
 
-    def __call__(self, x: torch.Tensor, conv_state: torch.Tensor, recurrent_state: torch.Tensor) -> torch.Tensor:
-        """x `[B, hidden_size]` with what the layer adds to it, perhaps in its place."""
+    def __call__(
+        self, x: torch.Tensor, conv_state: torch.Tensor, recurrent_state: torch.Tensor, record: Any = None
+    ) -> torch.Tensor:
+        """x `[B, hidden_size]` with what the layer adds to it, perhaps in its place.
+
+        Args:
+            record: `KDACacheLayer.record`, where the cache keeps a history.
+        """
         batch = len(x)
         (*qkv, decay, gate, beta), joined = self.projections(self.by, x, self.norm)
         q, k, v = (y.view(batch, 1, heads, -1) for y, heads in zip(qkv, self.heads, strict=True))
@@ -212,6 +218,8 @@ class _KDA:
         g = g.view(batch, 1, -1, self.head_dim)
         output_gate = output_gate.view(batch, 1, -1, self.value_head_dim)
         beta = beta.unsqueeze(1)
+        if record is not None:
+            record(self.replay, torch.cat(list(qkv), dim=-1).unsqueeze(1), g, beta)
         states = {"conv_state": conv_state, "recurrent_state": recurrent_state}
         if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             # What the operator comes to, but for its checks, which would take a third of the time.
@@ -315,14 +323,14 @@ class DecodeProgram:
         return self._model()
 
     def takes(self, input_ids: torch.Tensor | None, cache: Any) -> bool:
-        """Whether this is one token a row, after others, of a cache that keeps no history."""
+        """Whether this is one token a row, after others."""
         if input_ids is None or input_ids.ndim != 2 or input_ids.shape[1] != 1 or not isinstance(cache, KDACache):
             return False
         if cache.offloading:
             return False
         for kda in self.kda_layers:
             layer: Any = cache.layers[kda.layer_idx]
-            if not layer.has_previous_state[0] or layer.records or len(layer.conv_states[0]) != len(input_ids):
+            if not layer.has_previous_state[0] or len(layer.conv_states[0]) != len(input_ids):
                 return False
         return all(kda.steps_at_once(self.embedding, cache.state_dtype) for kda in self.kda_layers[:1])
 
@@ -340,7 +348,7 @@ class DecodeProgram:
         for mixer, mlp in self.layers:
             if isinstance(mixer, _KDA):
                 layer: Any = cache.layers[mixer.layer_idx]
-                x = mixer(x, layer.conv_states[0], layer.recurrent_states[0])
+                x = mixer(x, layer.conv_states[0], layer.recurrent_states[0], layer.record if layer.records else None)
                 layer.note_update_in_place()
                 layer.advance(1)
             else:
@@ -522,6 +530,8 @@ class DecodeGraphs:
             return "the model is not on a GPU"
         if not all(attention.is_plain for attention in program.attention_layers):
             return "attention layers have biases"
+        if any(cache.layers[mixer.layer_idx].records for mixer in program.kda_layers):
+            return "the cache keeps a history, for `crop`"
         if any(type(cache.layers[mixer.layer_idx]) is not DynamicLayer for mixer in program.attention_layers):
             return "the cache's attention layers are of another kind"
         rope = program.decoder.rotary_emb

@@ -211,7 +211,7 @@ class KimiDeltaAttention(nn.Module):
     ) -> torch.Tensor:
         layer: Any = cache.layers[self.layer_idx]
         if layer.records:
-            layer.record(self._replay, torch.cat(qkv, dim=-1), g, beta)
+            layer.record(self.replay, torch.cat(qkv, dim=-1), g, beta)
         q, k, v = (x.unflatten(-1, (heads, -1)) for x, heads in zip(qkv, self.qkv_heads, strict=True))
         output = kda_decode_step(
             q,
@@ -367,7 +367,7 @@ class KimiDeltaAttention(nn.Module):
                 *block, conv_state, recurrent_state, cu_seqlens, output_final_state=True
             )
             if records and block is blocks[-1]:
-                layer.record(self._replay, *block)
+                layer.record(self.replay, *block)
             cache.update_conv_state(conv_state, self.layer_idx)
             cache.update_recurrent_state(recurrent_state, self.layer_idx)
             outputs.append(output)
@@ -375,7 +375,7 @@ class KimiDeltaAttention(nn.Module):
             layer.advance(length)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
-    def _replay(self, conv_inputs, g, beta, valid, conv_state, recurrent_state):
+    def replay(self, conv_inputs, g, beta, valid, conv_state, recurrent_state):
         """Runs recorded tokens once more from the states before them; the cache's `crop` calls it."""
         return self.mix(conv_inputs, g, beta, valid, conv_state, recurrent_state, output_final_state=True)[1:]
 

@@ -344,7 +344,7 @@ def test_embeddings(model, served):
         assert output.shape == (3, NEW)
 
 
-@pytest.mark.parametrize("kind", [{"max_rollback": 0}, {"max_rollback": 0, "max_cache_len": 99}], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"max_rollback": 0}, {"max_rollback": 0, "max_cache_len": 99}], ids=str)
 def test_a_conversation(model, kind, served):
     questions = [prompt(model, length=length) for length in (9, 1, 20)]
     turns = []
@@ -414,6 +414,7 @@ class Reusing:
         return self.logits.copy_(logits)
 
     def finish(self):
+        self.own.finish()
         self.finished += 1
 
 
@@ -634,8 +635,6 @@ def _hooked(model):
         {"output_attentions": True, "return_dict_in_generate": True},
         {"num_beams": 2},
         {"prompt_lookup_num_tokens": 2},
-        {"past_key_values": 64},
-        {"past_key_values": 0, "use_cache": False},
         {"compile_config": CompileConfig(), "cache_implementation": "static"},
         {"model": _compiled_module},
         {"model": _hooked},
@@ -649,8 +648,6 @@ def test_not_served(model, options, served, monkeypatch):
     options = dict(options)
     if "model" in options:
         options.pop("model")(model)
-    if "past_key_values" in options:
-        options["past_key_values"] = KDACache(model.config, max_rollback=options["past_key_values"])
     if "compile_config" in options:
         options["compile_config"]._compile_all_devices = True
         monkeypatch.setattr(type(model), "get_compiled_call", lambda self, _: self.__call__)

@@ -116,6 +116,23 @@ def test_states_are_those_of_the_modules(model):
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 29
 
 
+def test_history_is_that_of_the_modules(model):
+    """What the program has fed can be cropped."""
+    ids, caches = prompt(model), [KDACache(model.config, max_rollback=8) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids, past_key_values=cache)
+        for step, token in enumerate(prompt(model, length=30).split(1, 1)):
+            logits = [model(token, past_key_values=caches[0]).logits]
+            with decoding.decode_program(model):
+                logits.append(model(token, past_key_values=caches[1]).logits)
+            torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+            if step % 7 == 6:
+                for cache in caches:
+                    cache.crop(-(step % 5 + 1))
+    assert caches[0].get_seq_length() == caches[1].get_seq_length()
+
+
 @pytest.mark.parametrize(
     "mode",
     [
@@ -183,7 +200,7 @@ def test_only_within_generate_and_for_plain_steps(hybrid, counted):
             hybrid(inputs_embeds=hybrid.get_input_embeddings()(ids[:, :1]), past_key_values=cache)
             hybrid(ids[:, :2], past_key_values=cache)
             hybrid(ids[:, :1])
-            hybrid(ids[:, :1], past_key_values=KDACache(hybrid.config))  # keeps a history
+            hybrid(ids[:, :1], past_key_values=KDACache(hybrid.config))  # has no token yet
             assert not counted
             hybrid(ids[:, :1], past_key_values=cache)
             assert len(counted) == 1
