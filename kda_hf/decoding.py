@@ -51,6 +51,7 @@ _KNOWN = [
         r"LAYER\.mlp": "Qwen3MLP",
     }.items()
 ]
+_OF_KDA = re.compile(r"\.(A_log|dt_bias|o_norm\.weight|[qkv]_conv1d\.weight)$")  # what `kda_decode_step` is given
 _CALLED = re.compile(r"model\.rotary_emb|model\.layers\.\d+\.(self_attn|mlp\.act_fn)")
 _HOMES = ("kda_hf.", "transformers.models.qwen3.", "torch.nn.modules.")
 
@@ -77,8 +78,13 @@ def program_of(model: nn.Module) -> "DecodeProgram":
         return program
 
 
-def _signature(model: nn.Module) -> list[tuple[int, int]]:
-    return [(id(p), p.data_ptr()) for p in model.parameters()]
+def _signature(model: nn.Module) -> Any:
+    """What a program was made for: parameters where they are, and what the environment says of backends."""
+    return _environment(), [(id(p), p.data_ptr()) for p in model.parameters()]
+
+
+def _environment() -> tuple[str | None, ...]:
+    return tuple(os.environ.get(name) for name in ("KDA_HF_BACKEND", "FLA_FLASH_KDA"))
 
 
 def current_program(model: nn.Module) -> "DecodeProgram | None":
@@ -298,8 +304,8 @@ class DecodeProgram:
         self.embedding, self.head = decoder.embed_tokens.weight, model.lm_head.weight
         layers = decoder.layers[: model.config.num_hidden_layers]
         refused = rows.refusal(
-            [p for p in model.parameters() if p.ndim == 2] + [layer.input_layernorm.weight for layer in layers],
-            None if model.config.layer_types.count("full_attention") == 0 else model.config,
+            [p for name, p in model.named_parameters() if not _OF_KDA.search(name)],
+            model.config if "full_attention" in model.config.layer_types else None,
         )
         by = self.by = rows.TorchRows() if refused else rows.KernelRows()
         self.norm = (decoder.norm.weight, decoder.norm.eps)
@@ -486,6 +492,11 @@ class Idle:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def clear(self) -> None:
+        """Keeps none."""
+        with self._lock:
+            self._kept.clear()
+
     def take(self, key: Any) -> Any:
         """One of this key, for nobody else; None if there is none."""
         with self._lock:
@@ -552,9 +563,9 @@ class DecodeGraphs:
 
     @staticmethod
     def _key(program: DecodeProgram, cache: KDACache, capacity: int) -> Any:
-        # What else a step depends on besides the program.
+        # What a step depends on besides the program.
         shapes = [(state.shape, state.dtype) for state in _states(cache, program.kda_layers[0])]
-        return cache.batch_size, capacity, shapes, os.environ.get("KDA_HF_BACKEND"), os.environ.get("FLA_FLASH_KDA")
+        return cache.batch_size, capacity, shapes
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -648,4 +659,10 @@ def graph_stepper(
         logger.debug("decoding without a CUDA graph: %s", reason)
         return None
     positions = None if position_ids is None else position_ids[..., -1:].reshape(-1, 1) + 1
-    return GraphStepper(program, cache, keeps_cache, starts, positions, max_steps)
+    try:
+        return GraphStepper(program, cache, keeps_cache, starts, positions, max_steps)
+    except torch.OutOfMemoryError as error:  # of what it takes beside the cache, which has not changed
+        logger.debug("decoding without a CUDA graph: %s", error)
+        program.graphs.idle.clear()
+        torch.cuda.empty_cache()
+        return None

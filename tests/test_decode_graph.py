@@ -178,6 +178,20 @@ def test_graphs_are_kept_and_bounded(hybrid):
     assert not len(program.graphs.idle)
 
 
+def test_without_memory_for_a_graph(hybrid, monkeypatch):
+    """What is kept goes, and decoding goes on without a graph."""
+
+    def fails(*args):
+        raise torch.OutOfMemoryError("there is none")
+
+    run_beside_modules(hybrid, steps=1)
+    program, cache = decoding.program_of(hybrid), prefilled(hybrid, prompt(hybrid, 4))
+    monkeypatch.setattr(decoding, "DecodeGraph", fails)
+    assert len(program.graphs.idle) == 1
+    assert decoding.graph_stepper(program, cache, True, None, None, None) is None
+    assert not len(program.graphs.idle) and cache.get_seq_length() == 9
+
+
 def test_two_at_a_time_have_graphs_of_their_own(hybrid):
     caches = [prefilled(hybrid, prompt(hybrid)) for _ in range(2)]
     expected = [copy.deepcopy(cache) for cache in caches]
@@ -191,9 +205,13 @@ def test_two_at_a_time_have_graphs_of_their_own(hybrid):
         stepper.finish()
 
 
-def test_other_weights_have_another_program(hybrid):
+def test_other_weights_have_another_program(hybrid, monkeypatch):
     program = decoding.program_of(hybrid)
     assert decoding.program_of(hybrid) is program
+    monkeypatch.setenv("KDA_HF_BACKEND", "torch")
+    assert decoding.program_of(hybrid) is not program
+    monkeypatch.delenv("KDA_HF_BACKEND")
+    program = decoding.program_of(hybrid)
     hybrid.model.layers[0].mlp.down_proj.weight.data = hybrid.model.layers[0].mlp.down_proj.weight.data * 2
     assert decoding.program_of(hybrid) is not program
     run_beside_modules(hybrid)
