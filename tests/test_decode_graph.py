@@ -192,6 +192,20 @@ def test_without_memory_for_a_graph(hybrid, monkeypatch):
     assert not len(program.graphs.idle) and cache.get_seq_length() == 9
 
 
+def test_calls_of_many_shapes_leave_little(hybrid):
+    """What a hundred calls leave is what the kept graphs have, and goes with the model."""
+    hybrid.generation_config.update(pad_token_id=0, eos_token_id=None)
+    program, used = decoding.program_of(hybrid), []
+    for call in range(100):
+        length = 1 + call * 7 % 40
+        hybrid.generate(prompt(hybrid, 1 + call % 11, length), max_new_tokens=3, do_sample=call % 2 == 0)
+        if call >= 40 and hybrid.device.type == "cuda":
+            gc.collect()
+            used.append(torch.cuda.memory_allocated())
+    assert decoding.program_of(hybrid) is program and len(program.graphs.idle) == program.graphs.idle.most
+    assert not used or max(used[-20:]) <= max(used[:20]) * 1.02 + 2**20
+
+
 def test_two_at_a_time_have_graphs_of_their_own(hybrid):
     caches = [prefilled(hybrid, prompt(hybrid)) for _ in range(2)]
     expected = [copy.deepcopy(cache) for cache in caches]
