@@ -74,6 +74,19 @@ def test_products(relative_error, dtype, M, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [1, 9])
+@pytest.mark.parametrize("size", [3e-4, 3e4])
+def test_norm_of_large_and_small_rows(relative_error, dtype, M, size):
+    """As far as the dtype reaches, where a product with the norm's weight may not fit it any more."""
+    x, norm = (randn(M, 512).clamp(-2, 2) * size).to(dtype), ((4 + randn(512)).to(dtype), EPS)
+    weight = randn(2 * 64, 512, dtype=dtype, scale=512**-0.5 / 8)
+    expected = exact_norm(x, norm) @ weight.double().T
+    gate, up = expected.chunk(2, 1)
+    assert relative_error(OURS.product(x, weight, norm), expected) < BOUNDS[dtype]
+    assert relative_error(OURS.swiglu(x, weight, norm), F.silu(gate) * up) < 2 * BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 8, 9])
 def test_rows_do_not_meet(dtype, M):
     """A row's result does not depend on the others, NaN as they may be."""

@@ -110,8 +110,9 @@ class KernelRows(TorchRows):
         norm: Norm | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if norm is not None and not _takes_norm(x):
+            x, norm = self.norm(x, norm), None
         if len(x) > MOST_ROWS:
-            x = x if norm is None else self.norm(x, norm)
             return F.linear(x, weight) if residual is None else residual.addmm_(x, weight.t())
         out = x.new_empty(len(x), len(weight)) if residual is None else residual
         torch.ops.kda_hf_cuda.linear(x, weight, out, *(norm or (None, 0.0)), residual, 1, False)
@@ -119,10 +120,10 @@ class KernelRows(TorchRows):
 
     def swiglu(self, x: torch.Tensor, weight: torch.Tensor, norm: Norm) -> torch.Tensor:
         out = x.new_empty(len(x), len(weight) // 2)
-        if len(x) > MOST_ROWS:
-            torch.ops.kda_hf_cuda.swiglu(F.linear(self.norm(x, norm), weight), out)
-        else:
+        if _takes_norm(x):
             torch.ops.kda_hf_cuda.linear(x, weight, out, *norm, None, 1, True)
+        else:
+            torch.ops.kda_hf_cuda.swiglu(self.product(x, weight, norm), out)
         return out
 
     def grouped(self, x: torch.Tensor, weight: torch.Tensor, groups: int) -> list[torch.Tensor]:
@@ -145,6 +146,12 @@ class KernelRows(TorchRows):
             q, k, v, keys, values, length, starts, q_norm, k_norm, eps, cos, sin, scale, workspace, out
         )
         return out
+
+
+def _takes_norm(x: torch.Tensor) -> bool:
+    """Whether the kernel for products may take the norm along: it multiplies x with the norm's weight before the norm's
+    factor, which float16 has no range for."""
+    return len(x) <= MOST_ROWS and x.dtype != torch.float16
 
 
 def refusal(parameters: list[torch.Tensor], attention: Any) -> str | None:
