@@ -225,7 +225,8 @@ class _KDA:
         output_gate = output_gate.view(batch, 1, -1, self.value_head_dim)
         beta = beta.unsqueeze(1)
         if record is not None:
-            record(self.replay, torch.cat(list(qkv), dim=-1).unsqueeze(1), g, beta)
+            side_by_side = torch.cat(list(qkv), dim=-1) if joined is None else joined.narrow(1, 0, self.first_of_pair)
+            record(self.replay, side_by_side.unsqueeze(1), g, beta)
         states = {"conv_state": conv_state, "recurrent_state": recurrent_state}
         if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             # What the operator comes to, but for its checks, which would take a third of the time.
@@ -295,7 +296,7 @@ class DecodeProgram:
     """The forward of a `KDAForCausalLM` for one token a row, as long as its modules and parameters stay what they are.
 
     Their values may change: weights that share an input become views of one tensor, and are read there. It keeps no
-    reference to the model, and the model's graphs in `graphs`.
+    reference to the model, and the graphs in `graphs`.
     """
 
     def __init__(self, model: Any):
@@ -362,15 +363,22 @@ class DecodeProgram:
             x = mlp(x)
         return self.by.product(x, self.head, self.norm).unsqueeze(1)
 
-    def step(self, buffers: "DecodeBuffers") -> torch.Tensor:
-        """Logits `[B, vocab_size]`, with all that is in `buffers` a token further: what a graph can capture."""
+    def step(self, buffers: "DecodeBuffers", recorded: dict[int, Any] | None = None) -> torch.Tensor:
+        """Logits `[B, vocab_size]`, with all that is in `buffers` a token further: what a graph can capture.
+
+        Args:
+            recorded: gets what each KDA layer's history has of the token: inputs of the convolution, gate, and β.
+        """
         x = F.embedding(buffers.tokens, self.embedding)
         position_embeddings = None
         if self.decoder.rotary_emb is not None:
             position_embeddings = self.decoder.rotary_emb(x.unsqueeze(1), buffers.positions)
         for mixer, mlp in self.layers:
             if isinstance(mixer, _KDA):
-                x = mixer(x, *buffers.states[mixer.layer_idx])
+                idx = mixer.layer_idx
+                keep = None if recorded is None else lambda _, *block, idx=idx: recorded.update({idx: block})
+                conv_state, recurrent_state = buffers.states[idx]
+                x = mixer(x, conv_state, recurrent_state, keep)
             else:
                 x = mixer.step(x, position_embeddings, buffers)
             x = mlp(x)
@@ -442,17 +450,18 @@ class DecodeBuffers:
             for own, state in zip(pair, other.keys[idx], strict=True):
                 own[:, :, :length].copy_(state[:, :, :length])
 
-    def store(self, cache: KDACache, first: int, length: int) -> None:
+    def store(self, cache: KDACache, first: int, length: int, log: "_Log | None") -> None:
         """Leaves in `cache`, which has `first` tokens, what has come of them after `length`."""
+        if log is not None:
+            log.store(cache, self)
         for idx, states in self.states.items():
             layer: Any = cache.layers[idx]
-            for state, own in zip(_states(cache, idx), states, strict=True):
-                state.copy_(own)
+            if log is None:
+                _overwrite_states(layer, states)
+                layer.forget()
             layer.advance(length - first)
-            layer.forget()
-        if length > first:
-            for idx, (keys, values) in self.keys.items():
-                cache.layers[idx].update(keys[:, :, first:length], values[:, :, first:length])
+        for idx, (keys, values) in self.keys.items():
+            cache.layers[idx].update(keys[:, :, first:length], values[:, :, first:length])
 
 
 def _states(cache: KDACache, layer: "_KDA | int") -> tuple[torch.Tensor, torch.Tensor]:
@@ -518,9 +527,11 @@ class Idle:
 class DecodeGraph:
     """A program's step with buffers of its own, as a CUDA graph."""
 
-    def __init__(self, program: DecodeProgram, cache: KDACache, capacity: int):
+    def __init__(self, program: DecodeProgram, cache: KDACache, capacity: int, records: bool):
         self.buffers = DecodeBuffers(program, cache, capacity)
-        self.graph, self.logits = capture(lambda: program.step(self.buffers), program.embedding.device)
+        self.records = records
+        self.recorded: dict[int, Any] | None = {} if records else None
+        self.graph, self.logits = capture(lambda: program.step(self.buffers, self.recorded), program.embedding.device)
 
     @property
     def nbytes(self) -> int:
@@ -541,8 +552,6 @@ class DecodeGraphs:
             return "the model is not on a GPU"
         if not all(attention.is_plain for attention in program.attention_layers):
             return "attention layers have biases"
-        if any(cache.layers[mixer.layer_idx].records for mixer in program.kda_layers):
-            return "the cache keeps a history, for `crop`"
         if any(type(cache.layers[mixer.layer_idx]) is not DynamicLayer for mixer in program.attention_layers):
             return "the cache's attention layers are of another kind"
         rope = program.decoder.rotary_emb
@@ -550,22 +559,27 @@ class DecodeGraphs:
             return f"RoPE of type {rope.rope_type} changes with the length"
         return None
 
-    def take(self, cache: KDACache, capacity: int) -> DecodeGraph:
-        """A graph for nobody else, whose buffers are to be loaded."""
+    def take(self, cache: KDACache, capacity: int, records: bool) -> DecodeGraph:
+        """A graph for nobody else, whose buffers are to be loaded.
+
+        Args:
+            records: whether it leaves what a history needs.
+        """
         program: Any = self._program()
-        graph = self.idle.take(self._key(program, cache, capacity))
-        return graph or DecodeGraph(program, cache, capacity)
+        graph = self.idle.take(self._key(program, cache, capacity, records))
+        return graph or DecodeGraph(program, cache, capacity, records)
 
     def give_back(self, cache: KDACache, graph: DecodeGraph) -> None:
         """Keeps it for the next call."""
         program: Any = self._program()
-        self.idle.give_back(self._key(program, cache, graph.buffers.capacity), graph, program.embedding.device)
+        key = self._key(program, cache, graph.buffers.capacity, graph.records)
+        self.idle.give_back(key, graph, program.embedding.device)
 
     @staticmethod
-    def _key(program: DecodeProgram, cache: KDACache, capacity: int) -> Any:
+    def _key(program: DecodeProgram, cache: KDACache, capacity: int, records: bool) -> Any:
         # What a step depends on besides the program.
         shapes = [(state.shape, state.dtype) for state in _states(cache, program.kda_layers[0])]
-        return cache.batch_size, capacity, shapes
+        return cache.batch_size, capacity, records, shapes
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -575,6 +589,58 @@ def has_graphs(device: torch.device) -> bool:
 
 def _memory_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
+
+
+class _Log:
+    """The last tokens of a graph's KDA layers, and the states before them, for the history of the cache's layers.
+
+    Every `rollback` tokens the states are copied; of the tokens since the last copy but one, there is what
+    `KDACacheLayer.record` takes.
+    """
+
+    def __init__(self, program: DecodeProgram, rollback: int):
+        self.layers, self.rollback = program.kda_layers, rollback
+        self.count = 0
+        self.marks: list[dict[int, Any]] = []  # states at the last two multiples of `rollback`
+        self.tokens: list[torch.Tensor] = []  # three for each layer, [B, 2 * rollback, ...]
+        self.places: dict[int, list[torch.Tensor]] = {}  # of a token in these
+
+    def before_step(self, buffers: DecodeBuffers) -> None:
+        if self.count % self.rollback == 0:
+            states = {idx: tuple(x.clone() for x in pair) for idx, pair in buffers.states.items()}
+            self.marks = [*self.marks[-1:], states]
+
+    def after_step(self, recorded: Any) -> None:
+        new = [x for layer in self.layers for x in recorded[layer.layer_idx]]
+        if not self.tokens:
+            with torch.inference_mode(False):
+                self.tokens = [x.new_zeros(x.shape[0], 2 * self.rollback, *x.shape[2:]) for x in new]
+        slot = self.count % (2 * self.rollback)
+        if slot not in self.places:
+            self.places[slot] = [x[:, slot : slot + 1] for x in self.tokens]
+        torch._foreach_copy_(self.places[slot], new)
+        self.count += 1
+
+    def store(self, cache: KDACache, buffers: DecodeBuffers) -> None:
+        """Leaves the tokens in the history of the cache's layers, and the states as they are now in the layers."""
+        last = (self.count - 1) // self.rollback * self.rollback  # where the last mark is
+        for i, kda in enumerate(self.layers):
+            layer: Any = cache.layers[kda.layer_idx]
+            blocks = [(last, self.count, buffers.states)]  # first token, end, and the states then
+            if last > 0:  # what the history has is too long ago
+                layer.forget()
+                _overwrite_states(layer, self.marks[0][kda.layer_idx])
+                blocks.insert(0, (last - self.rollback, last, self.marks[1]))
+            for first, end, states in blocks:
+                at = first % (2 * self.rollback)
+                layer.record(kda.replay, *(x[:, at : at + end - first] for x in self.tokens[3 * i : 3 * i + 3]))
+                _overwrite_states(layer, states[kda.layer_idx])
+                layer.note_update_in_place()
+
+
+def _overwrite_states(layer: Any, states: tuple[torch.Tensor, torch.Tensor]) -> None:
+    for own, state in zip((layer.conv_states[0], layer.recurrent_states[0]), states, strict=True):
+        own.copy_(state)
 
 
 class GraphStepper:
@@ -601,11 +667,13 @@ class GraphStepper:
         self.has_keys = bool(program.attention_layers)
         self.first = self.length = int(cache.get_seq_length())
         self.most = None if max_steps is None else self.length + max_steps
-        self.graph = self.graphs.take(cache, self._capacity())
+        layer: Any = cache.layers[program.kda_layers[0].layer_idx]
+        self.log = _Log(program, layer.max_rollback) if layer.records else None
+        self.graph = self.graphs.take(cache, self._capacity(), layer.records)
         self.graph.buffers.load(cache, starts, positions)
         if not keeps_cache:
             for attention in program.attention_layers:  # only their shapes are needed
-                layer: Any = cache.layers[attention.layer_idx]
+                layer = cache.layers[attention.layer_idx]
                 layer.keys, layer.values = layer.keys[:, :, :0].clone(), layer.values[:, :, :0].clone()
 
     def _capacity(self) -> int:
@@ -620,19 +688,23 @@ class GraphStepper:
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Feeds `tokens` `[B]`; returns logits `[B, vocab_size]`, which the next step overwrites."""
         if self.has_keys and self.length == self.graph.buffers.capacity:
-            larger = self.graphs.take(self.cache, self._capacity())
+            larger = self.graphs.take(self.cache, self._capacity(), self.graph.records)
             larger.buffers.load_from(self.graph.buffers, self.length)
             self.graphs.give_back(self.cache, self.graph)
             self.graph = larger
         self.graph.buffers.tokens.copy_(tokens)
+        if self.log is not None:
+            self.log.before_step(self.graph.buffers)
         self.graph.graph.replay()
+        if self.log is not None:
+            self.log.after_step(self.graph.recorded)
         self.length += 1
         return self.graph.logits
 
     def finish(self) -> None:
         """Leaves states and counts in the cache."""
-        if self.keeps_cache:
-            self.graph.buffers.store(self.cache, self.first, self.length)
+        if self.keeps_cache and self.length > self.first:
+            self.graph.buffers.store(self.cache, self.first, self.length, self.log)
         self.graphs.give_back(self.cache, self.graph)
 
 

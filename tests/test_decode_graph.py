@@ -24,14 +24,15 @@ FITS = {"linear_head_dim": 64, "head_dim": 64, "hidden_size": 64}  # widths that
 class Recorded:
     """In place of a CUDA graph, where there is none: the same calls, and results in the same place."""
 
-    def __init__(self, program, cache, capacity):
+    def __init__(self, program, cache, capacity, records):
         self.buffers = decoding.DecodeBuffers(program, cache, capacity)
         self.program, self.graph, self.nbytes = program, self, self.buffers.nbytes
+        self.records, self.recorded = records, {} if records else None
         self.logits = self.buffers.tokens.new_full((cache.batch_size, len(program.head)), -1).to(program.head.dtype)
 
     def replay(self):
         with torch.no_grad():
-            self.logits.copy_(self.program.step(self.buffers))
+            self.logits.copy_(self.program.step(self.buffers, self.recorded))
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +54,8 @@ def hybrid(tiny_model):
     return tiny_model()
 
 
-def prefilled(model, ids, mask=None, positions=None):
-    cache = KDACache(model.config, max_rollback=0)
+def prefilled(model, ids, mask=None, positions=None, max_rollback=0):
+    cache = KDACache(model.config, max_rollback=max_rollback)
     with torch.no_grad():
         model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
     return cache
@@ -156,6 +157,45 @@ def test_goes_on_with_the_cache(hybrid):
         torch.testing.assert_close(*last, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [1, 3, 7, 8, 9, 15, 16, 17, 24, 30])
+@pytest.mark.parametrize("length", [1, 5, 20])
+def test_history(model, steps, length):
+    """As many tokens as ever can be cropped, whether they came by graph or before."""
+    rollback, ids, more = 8, prompt(model, length=length), prompt(model, length=steps)
+    new = prompt(model, length=3)
+    for removed in {min(most, steps + length - 1) for most in (1, rollback // 2, rollback)}:
+        cache, kept = prefilled(model, ids, max_rollback=rollback), torch.cat([ids, more], 1)[:, :-removed]
+        stepper = stepper_of(model, cache)
+        for token in more.unbind(1):
+            stepper.step(token)
+        stepper.finish()
+        assert cache.get_seq_length() == length + steps
+        assert all(layer.removable_tokens >= removed for layer in cache.layers if hasattr(layer, "records"))
+        cache.crop(-removed)
+        expected = prefilled(model, kept)
+        with torch.no_grad():
+            actual = model(new, past_key_values=cache).logits
+            torch.testing.assert_close(actual, model(new, past_key_values=expected).logits, rtol=2e-4, atol=2e-4)
+
+
+def test_history_over_several_turns(model):
+    seen = prompt(model)
+    cache = prefilled(model, seen, max_rollback=8)
+    for steps, removed in ((3, 2), (20, 7), (5, 0), (1, 8)):
+        more, stepper = prompt(model, length=steps), stepper_of(model, cache)
+        for token in more.unbind(1):
+            stepper.step(token)
+        stepper.finish()
+        seen = torch.cat([seen, more], 1)
+        if removed:
+            cache.crop(-removed)
+            seen = seen[:, :-removed]
+    new, expected = prompt(model, length=2), prefilled(model, seen)
+    with torch.no_grad():
+        logits = [model(new, past_key_values=own).logits for own in (cache, expected)]
+    torch.testing.assert_close(*logits, rtol=2e-4, atol=2e-4)
+
+
 def test_a_cache_that_nobody_keeps_is_emptied(hybrid):
     cache = prefilled(hybrid, prompt(hybrid))
     before = cache.nbytes
@@ -243,16 +283,14 @@ def test_model_is_not_kept(tiny_model):
     assert reference() is None
 
 
-@pytest.mark.parametrize("reason", ["bias", "static", "dynamic rope", "history", "right padding", "mask"])
+@pytest.mark.parametrize("reason", ["bias", "static", "dynamic rope", "right padding", "mask"])
 def test_refusals(tiny_model, reason):
     changes = {
         "bias": {"attention_bias": True},
         "dynamic rope": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
     }
     model = tiny_model(**changes.get(reason, {}))
-    cache = KDACache(
-        model.config, max_rollback=8 * (reason == "history"), max_cache_len=64 if reason == "static" else None
-    )
+    cache = KDACache(model.config, max_rollback=0, max_cache_len=64 if reason == "static" else None)
     with torch.no_grad():
         model(prompt(model), past_key_values=cache)
     mask = None
