@@ -182,9 +182,6 @@ class ChoiceGraph:
         return self.tokens.clone(), self.unfinished
 
 
-_choices = Idle(most=8)
-
-
 def serving_program(
     model: Any, cache_name: str, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any]
 ) -> DecodeProgram | None:
@@ -233,6 +230,7 @@ def decode(
     generation_config: Any,
     streamer: Any = None,
     run_ahead: bool = False,
+    choices: Idle | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
     """
     Chooses tokens and feeds them to the model until a criterion says stop; the last one is not fed.
@@ -242,6 +240,7 @@ def decode(
         start: makes the stepper out of the first tokens and the number of steps that there can be.
         run_ahead: whether the next step starts before the host knows whether all rows have finished. Nothing else is
             ahead: processors, criteria, random numbers and streamers are asked for nothing that is dropped.
+        choices: graphs that choose tokens, and where to leave them; without, none does.
 
     Returns:
         The sequences; the processed scores and the raw logits of each token, where `generation_config` asks for them.
@@ -262,10 +261,10 @@ def decode(
     all_scores: tuple[torch.Tensor, ...] | None = () if returns and generation_config.output_scores else None
     all_logits: tuple[torch.Tensor, ...] | None = () if returns and generation_config.output_logits else None
     choice, graph, key = Choice(processors, do_sample, pad, eos), None, None
-    if all_scores is None and all_logits is None and not others:
+    if choices is not None and all_scores is None and all_logits is None and not others:
         key = ChoiceGraph.key(choice, logits)
-    if key is not None:
-        graph = _choices.take(key) or ChoiceGraph(choice, logits)
+    if choices is not None and key is not None:
+        graph = choices.take(key) or ChoiceGraph(choice, logits)
         graph.start(choice)
     # Whoever gets logits may keep them or write to them.
     copies = bool(processors) or all_scores is not None or all_logits is not None
@@ -328,8 +327,8 @@ def decode(
     finally:
         if stepper is not None:
             stepper.finish()
-        if graph is not None:
-            _choices.give_back(key, graph, device)
+        if choices is not None and graph is not None:
+            choices.give_back(key, graph, device)
 
     if streamer is not None:
         streamer.end()

@@ -296,7 +296,7 @@ class DecodeProgram:
     """The forward of a `KDAForCausalLM` for one token a row, as long as its modules and parameters stay what they are.
 
     Their values may change: weights that share an input become views of one tensor, and are read there. It keeps no
-    reference to the model, and the graphs in `graphs`.
+    reference to the model, and graphs of its steps and of choices of tokens in `graphs` and `choices`.
     """
 
     def __init__(self, model: Any):
@@ -322,7 +322,7 @@ class DecodeProgram:
         self.kda_layers = [mixer for mixer, _ in self.layers if isinstance(mixer, _KDA)]
         self.attention_layers = [mixer for mixer, _ in self.layers if isinstance(mixer, _Attention)]
         self.signature = _signature(model)
-        self.graphs = DecodeGraphs(self)
+        self.graphs, self.choices = DecodeGraphs(self), Idle(most=8)
 
     @property
     def model(self) -> Any:

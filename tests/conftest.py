@@ -48,6 +48,22 @@ def tiny_model(tiny_config, device):
     return make
 
 
+# What a decode step has to get right of a model, as changes of `tiny_model`.
+KINDS_OF_MODELS: dict[str, dict] = {
+    "hybrid": {},
+    "pure": {"layer_types": ["linear_attention"] * 2, "num_hidden_layers": 2},
+    "rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+    "softplus": {"linear_lower_bound": None},
+    "grouped": {"linear_num_value_heads": 4, "linear_value_head_dim": 8, "allow_neg_eigval": True},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+@pytest.fixture(params=KINDS_OF_MODELS)
+def any_model(request, tiny_model):
+    return tiny_model(**KINDS_OF_MODELS[request.param])
+
+
 @pytest.fixture
 def relative_error():
     """‖actual − expected‖ / ‖expected‖; not finite where either side isn't."""

@@ -10,14 +10,7 @@ import torch
 from kda_hf import KDACache, decoding
 
 
-MODELS = {
-    "hybrid": {},
-    "pure": {"layer_types": ["linear_attention"] * 2, "num_hidden_layers": 2},
-    "rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
-    "softplus": {"linear_lower_bound": None},
-    "grouped": {"linear_num_value_heads": 4, "linear_value_head_dim": 8, "allow_neg_eigval": True},
-    "tied": {"tie_word_embeddings": True},
-}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
 FITS = {"linear_head_dim": 64, "head_dim": 64, "hidden_size": 64}  # widths that there are kernels for
 
 
@@ -44,9 +37,9 @@ def everywhere(monkeypatch, device):
         monkeypatch.setattr(decoding, "_memory_of", lambda device: 2**34)
 
 
-@pytest.fixture(params=MODELS)
-def model(request, tiny_model):
-    return tiny_model(**MODELS[request.param])
+@pytest.fixture
+def model(any_model):
+    return any_model
 
 
 @pytest.fixture
@@ -106,7 +99,7 @@ def test_is_what_the_modules_compute(model, batch, padded):
 @pytest.mark.parametrize("rope", [False, True])
 def test_widths_of_kernels(tiny_model, relative_error, dtype, batch, rope):
     """As close to the same model in fp32 as its modules are."""
-    model = tiny_model(**FITS, **MODELS["rope"] if rope else {}).to(dtype)
+    model = tiny_model(**FITS, **ROPE if rope else {}).to(dtype)
     exact = copy.deepcopy(model).float()
     ids = prompt(model, batch)
     cache, by_modules, exactly = prefilled(model, ids), prefilled(model, ids), prefilled(exact, ids)

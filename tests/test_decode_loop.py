@@ -519,10 +519,10 @@ class Recorded:
 
 
 @pytest.fixture
-def choices(monkeypatch, device):
+def choices(monkeypatch, device, model):
     """Choices go by graphs, which these are."""
-    idle = decoding.Idle(most=3)
-    monkeypatch.setattr(decode_loop, "_choices", idle)
+    idle = decoding.program_of(model).choices
+    idle.most = 3
     if device.type == "cpu":
 
         def capture(call, device):

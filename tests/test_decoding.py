@@ -12,14 +12,6 @@ from kda_hf import KDACache, KDAForCausalLM, decoding, generation
 
 
 NEW = 16
-MODELS = {
-    "hybrid": {},
-    "pure": {"layer_types": ["linear_attention"] * 2, "num_hidden_layers": 2},
-    "rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
-    "softplus": {"linear_lower_bound": None},
-    "grouped": {"linear_num_value_heads": 4, "linear_value_head_dim": 8, "allow_neg_eigval": True},
-    "tied": {"tie_word_embeddings": True},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +21,9 @@ def everywhere(monkeypatch):
     monkeypatch.setattr(decoding, "has_graphs", lambda device: False)
 
 
-@pytest.fixture(params=MODELS)
-def model(request, tiny_model):
-    return tiny_model(**MODELS[request.param])
+@pytest.fixture
+def model(any_model):
+    return any_model
 
 
 @pytest.fixture

@@ -4,23 +4,17 @@ import itertools
 import os
 
 import pytest
+import test_fwd
 import torch
 import torch.nn.functional as F
 
-from kda_hf import ops
 from kda_hf.ops import rows
 
 
 DEVICE = torch.device("cuda")
 
 
-def _refusal() -> str | None:
-    if not torch.cuda.is_available():
-        return "needs a GPU"
-    return next(row["reason"] or None for row in ops.backend_report("fwd") if row["backend"] == "cuda")
-
-
-pytestmark = pytest.mark.skipif(_refusal() is not None, reason=f"no CUDA backend: {_refusal()}")
+pytestmark = test_fwd.pytestmark
 
 DTYPES = [torch.bfloat16, torch.float16]
 BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}  # relative L2 of what is rounded two or three times

@@ -24,6 +24,14 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
                : "memory");
 }
 
+// The same where `copies`; else fills them with zeros.
+__device__ __forceinline__ void copy_async_if(bool copies, void* to, const void* from) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+      "l"(from), "r"(copies ? 16 : 0)
+      : "memory");
+}
+
 // Copies `bytes`, a multiple of 16 at such addresses, with several threads, of which this is number `thread`.
 __device__ __forceinline__ void copy_async(char* to, const void* from, int bytes, int thread, int threads) {
   for (int at = 16 * thread; at < bytes; at += 16 * threads) copy_async(to + at, static_cast<const char*>(from) + at);

@@ -79,12 +79,6 @@ struct AttentionShape {
   static constexpr int kCtas = kRoom < 768 / kThreads ? kRoom : 768 / kThreads;
 };
 
-// Copies 16 bytes from global to shared memory, or fills them with zeros.
-__device__ __forceinline__ void copy_or_clear_async(bool copies, void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(to)), "l"(from), "r"(copies ? 16 : 0)
-               : "memory");
-}
-
 // As `hint`, for many bytes: a multiple of 16.
 __device__ __forceinline__ void hint_bytes(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
@@ -246,8 +240,7 @@ __global__ void __launch_bounds__((AttentionShape<D, kTiles>::kThreads), (Attent
     const auto copy = [&](char* to, const Element* from, int swizzle) {
       to += own_row * kPitch + 16 * (piece ^ swizzle);
 #pragma unroll
-      for (int i = 0; i < kChunkKeys; i += kRows)
-        copy_or_clear_async(i >= least && i < end, to + i * kPitch, from + i * D);
+      for (int i = 0; i < kChunkKeys; i += kRows) copy_async_if(i >= least && i < end, to + i * kPitch, from + i * D);
       commit_copies();
     };
     copy(smem.keys, keys_from, 4 * (own_row % 2));

@@ -35,14 +35,6 @@ struct LinearShape {
   };  // behind it, the norm's weight
 };
 
-// Copies 16 bytes from global to shared memory, or fills them with zeros.
-__device__ __forceinline__ void copy_async_if(bool copies, void* to, const void* from) {
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-      "l"(from), "r"(copies ? 16 : 0)
-      : "memory");
-}
-
 // Multiplies x with the norm's weight, rounded. Returns the sum of its squares from before.
 template <class Element>
 __device__ __forceinline__ float weigh(uint4& x, const uint4& weight) {
