@@ -629,7 +629,8 @@ bool has_aligned_vectors(const Tensor& x) {
 
 int64_t row_stride(const Tensor& x) { return x.size(0) == 1 ? x.size(1) : x.stride(0); }
 
-void linear(Tensor x, Tensor weight, Tensor out, MaybeTensor norm_weight, double norm_eps, MaybeTensor residual,
+void linear(Tensor x, Tensor weight, Tensor out, MaybeTensor norm_weight, double norm_eps, MaybeTensor squares,
+            MaybeTensor residual, MaybeTensor next_norm_weight, MaybeTensor next_x, MaybeTensor next_squares,
             int64_t groups, bool swiglu) {
   require(x.dim() == 2 && weight.dim() == 2 && out.dim() == 2, "`x`, `weight` and `out` must have two dimensions");
   const int64_t M = x.size(0), K = weight.size(1), N = weight.size(0) / (swiglu ? 2 : 1);
@@ -640,10 +641,22 @@ void linear(Tensor x, Tensor weight, Tensor out, MaybeTensor norm_weight, double
   require(!residual || has_shape(*residual, {M, N}), "`residual` must have shape [M, N]");
   require(!norm_weight || has_shape(*norm_weight, {K}), "`norm_weight` must have shape [K]");
   require(weight.is_contiguous(), "`weight` must be contiguous");
+  const bool has_next = next_norm_weight.has_value();
+  require(has_next == next_x.has_value() && has_next == next_squares.has_value(),
+          "`next_norm_weight`, `next_x` and `next_squares` go together");
+  require(!has_next || (has_shape(*next_norm_weight, {N}) && has_shape(*next_x, {M, N}) && next_x->is_contiguous()),
+          "`next_norm_weight` must have shape [N], and `next_x` [M, N], contiguous");
+  for (const MaybeTensor* parts : {&squares, &next_squares})
+    require(!*parts || ((*parts)->dim() == 2 && (*parts)->size(0) == M && (*parts)->is_contiguous() &&
+                        is_aligned(**parts) && (*parts)->scalar_type() == ScalarType::Float &&
+                        (*parts)->get_device_index() == x.get_device_index() && (*parts)->is_cuda()),
+            "sums of squares must be float32 of shape [M, parts], contiguous, on the device of `x`");
+  const auto or_x = [&](const MaybeTensor& tensor) { return tensor ? &*tensor : &x; };
   const int32_t device =
-      check_matrices({&x, &weight, &out, residual ? &*residual : &x, norm_weight ? &*norm_weight : &x});
+      check_matrices({&x, &weight, &out, or_x(residual), or_x(norm_weight), or_x(next_norm_weight), or_x(next_x)});
 
   require(has_aligned_vectors(x), "`x` must have rows of aligned vectors");
+  require(!has_next || (is_aligned(*next_norm_weight) && has_aligned_vectors(*next_x)), "`next_x` must be aligned");
   require(is_aligned(weight) && (!norm_weight || is_aligned(*norm_weight)), "the weights must be aligned");
 
   kda::LinearParams params{};
@@ -656,11 +669,27 @@ void linear(Tensor x, Tensor weight, Tensor out, MaybeTensor norm_weight, double
   params.x = x.const_data_ptr(), params.weight = weight.const_data_ptr(), params.out = out.mutable_data_ptr();
   params.norm_weight = norm_weight ? norm_weight->const_data_ptr() : nullptr;
   params.residual = residual ? residual->const_data_ptr() : nullptr;
+  if (squares)
+    params.squares = static_cast<const float*>(squares->const_data_ptr()),
+    params.squares_count = as_int(squares->size(1), "squares");
+  if (has_next) {
+    params.next_norm_weight = next_norm_weight->const_data_ptr(), params.next_x = next_x->mutable_data_ptr();
+    params.next_squares = static_cast<float*>(next_squares->mutable_data_ptr());
+    params.next_squares_count = as_int(next_squares->size(1), "next_squares");
+  }
   params.num_sms = device_info(device).sms;
   if (const char* reason = kda::linear_refusal(params)) refuse(reason);
+  if (M > 8 || groups > 1 || squares || has_next)
+    require(has_aligned_vectors(out) && (!residual || has_aligned_vectors(*residual)),
+            "`out` and `residual` must have rows of aligned vectors");
   if (M == 0) return;
   const Place place(device);
   check_cuda(kda::linear(params, place.stream()), "linear");
+}
+
+// Needs no device.
+int64_t linear_parts(int64_t M, int64_t N, int64_t K) {
+  return kda::linear_parts(as_int(M, "x"), as_int(N, "weight"), as_int(K, "weight"));
 }
 
 void rows(const Tensor& x, const Tensor* weight, double norm_eps, Tensor& out) {
@@ -824,8 +853,10 @@ STABLE_TORCH_LIBRARY(kda_hf_cuda, m) {
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) y, "
       "Tensor(b!)? final_state, bool silu) -> ()");
   m.def(
-      "linear(Tensor x, Tensor weight, Tensor(a!) out, Tensor? norm_weight, float norm_eps, Tensor? residual, "
-      "int groups, bool swiglu) -> ()");
+      "linear(Tensor x, Tensor weight, Tensor(a!) out, Tensor? norm_weight, float norm_eps, Tensor? squares, "
+      "Tensor? residual, Tensor? next_norm_weight, Tensor(b!)? next_x, Tensor(c!)? next_squares, int groups, bool "
+      "swiglu) -> ()");
+  m.def("linear_parts(int M, int N, int K) -> int");
   m.def(
       "attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor length, "
       "Tensor? starts, Tensor? q_norm_weight, Tensor? k_norm_weight, float norm_eps, Tensor? cos, Tensor? sin, "
@@ -852,4 +883,5 @@ STABLE_TORCH_LIBRARY_IMPL(kda_hf_cuda, CompositeExplicitAutograd, m) {
   m.impl("prefill_refusal", TORCH_BOX(&prefill_refusal));
   m.impl("recurrent_refusal", TORCH_BOX(&recurrent_refusal));
   m.impl("attention_step_workspace_bytes", TORCH_BOX(&attention_step_workspace_bytes));
+  m.impl("linear_parts", TORCH_BOX(&linear_parts));
 }

@@ -157,19 +157,28 @@ def run_rows(dtype: torch.dtype, M: int, N: int, K: int) -> None:
     def tensor(*shape: int) -> torch.Tensor:
         return torch.randn(shape).to(dtype).cuda()
 
+    linear = torch.ops.kda_hf_cuda.linear
     x, weight, norm, residual = tensor(M, K), tensor(2 * N, K), tensor(K), tensor(M, 2 * N)
     out = torch.empty(M, 2 * N, dtype=dtype, device="cuda")
-    torch.ops.kda_hf_cuda.linear(x, weight, out, None, 0.0, None, 1, False)
-    torch.ops.kda_hf_cuda.linear(x, weight, residual, norm, 1e-6, residual, 1, False)
     half = torch.empty(M, N, dtype=dtype, device="cuda")
-    torch.ops.kda_hf_cuda.linear(x, weight, half, norm, 1e-6, None, 1, True)
+    of_norm: tuple[torch.Tensor | float | None, ...] = (norm, 1e-6, None)
+    if M > 8:
+        of_norm = (None, 1e-6, torch.rand(M, 8).cuda())
+    linear(x, weight, out, None, 0.0, None, None, None, None, None, 1, False)
+    linear(x, weight, residual, *of_norm, residual, None, None, None, 1, False)
+    linear(x, weight, half, *of_norm, None, None, None, None, 1, True)
     normed = torch.empty_like(x)
     torch.ops.kda_hf_cuda.rms_norm(x, norm, 1e-6, normed)
     assert all(y.cpu().isfinite().all() for y in (out, residual, half, normed))
+    if M > 8:
+        squares = torch.empty(M, torch.ops.kda_hf_cuda.linear_parts(M, 2 * N, K), device="cuda")
+        next_x = torch.empty_like(out)
+        linear(x, weight, out, None, 0.0, None, residual, tensor(2 * N), next_x, squares, 1, False)
+        assert next_x.cpu().isfinite().all() and squares.cpu().isfinite().all()
     if N % 8 == 0:
         torch.ops.kda_hf_cuda.swiglu(out, half)
     if N % 64 == 0:
-        torch.ops.kda_hf_cuda.linear(tensor(M, 2 * K), weight, out, None, 0.0, None, 2, False)
+        linear(tensor(M, 2 * K), weight, out, None, 0.0, None, None, None, None, None, 2, False)
     assert half.cpu().isfinite().all() and out.cpu().isfinite().all()
 
 
@@ -193,8 +202,10 @@ def run_attention(dtype: torch.dtype, H: int, KVH: int, D: int, lengths: tuple[i
 
 
 def rows() -> None:
-    for dtype, M, (N, K) in itertools.product(DTYPES, (1, 8), ((64, 128), (33, 264), (4608, 1032), (40, 2560))):
-        run_rows(dtype, M, N, K)
+    shapes = ((64, 128), (33, 264), (4608, 1032), (40, 2560))
+    for dtype, M, (N, K) in itertools.product(DTYPES, (1, 8, 11, 31), shapes):
+        if M <= 8 or N % 8 == 0:
+            run_rows(dtype, M, N, K)
     for dtype, D, (H, KVH) in itertools.product(DTYPES, (64, 128), ((16, 4), (9, 1), (32, 1))):
         run_attention(dtype, H, KVH, D, (0, 3, 127, 128, 300, 2100))
 

@@ -46,11 +46,21 @@ def exact_norm(x, norm):
 
 
 # Rows, columns: of small models and large ones, no multiples of tiles, fewer than a warp has, more than fit at once.
-WEIGHTS = [(2048, 2048), (6432, 2048), (40, 672), (33, 264), (2048, 5632), (256, 8), (128, 128), (64, 14336)]
+WEIGHTS = [
+    (2048, 2048),
+    (6432, 2048),
+    (40, 672),
+    (33, 264),
+    (2048, 5632),
+    (256, 8),
+    (128, 128),
+    (64, 14336),
+    (32768, 640),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("M", [1, 2, 7, 8, 9, 40])
+@pytest.mark.parametrize("M", [1, 2, 7, 8, 9, 16, 17, 32, 33])
 @pytest.mark.parametrize("shape", WEIGHTS, ids=str)
 def test_products(relative_error, dtype, M, shape):
     N, K = shape
@@ -68,6 +78,37 @@ def test_products(relative_error, dtype, M, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [8, 9, 16, 17, 32, 33])
+@pytest.mark.parametrize("shape", [(2048, 5632), (2048, 2048), (4096, 512), (264, 328), (8, 64), (16384, 128)], ids=str)
+def test_what_a_product_leaves_for_the_norm(relative_error, dtype, M, shape):
+    """The norm of a sum, for a product and for SwiGLU, made of what the kernel of the sum leaves, and without it."""
+    N, K = shape
+    ours = rows.KernelRows()
+    y, weight, residual = within(M, K, dtype=dtype), randn(N, K, dtype=dtype, scale=K**-0.5), randn(M, N, dtype=dtype)
+    norm, following = (1 + randn(N, scale=0.3).to(dtype), EPS), randn(192, N, dtype=dtype, scale=N**-0.5)
+    x = ours.product(y, weight, residual=residual.clone(), next_norm=norm)
+    assert torch.equal(x, OURS.product(y, weight, residual=residual.clone()))
+    assert (ours.left is not None) == (8 < M <= 32 and dtype == torch.bfloat16)
+    if ours.left is not None:
+        squares = ours.left[3].double().sum(1)
+        assert relative_error(squares, x.double().pow(2).sum(1)) < 1e-5
+        assert torch.equal(ours.left[2], (x.float() * norm[0].float()).to(dtype))
+    expected = exact_norm(x, norm) @ following.double().T
+    assert relative_error(ours.product(x, following, norm), expected) < BOUNDS[dtype]
+    assert ours.left is None
+    x = ours.product(y, weight, residual=residual.clone(), next_norm=norm)
+    gate, up = expected.chunk(2, 1)
+    assert relative_error(ours.swiglu(x, following, norm), F.silu(gate) * up) < 2 * BOUNDS[dtype]
+    # Of another norm, or after another sum in the same place, it is not used.
+    x = ours.product(y, weight, residual=residual.clone(), next_norm=norm)
+    other = (norm[0].clone(), EPS)
+    assert relative_error(ours.product(x, following, other), expected) < BOUNDS[dtype]
+    x = ours.product(y, weight, residual=residual.clone(), next_norm=norm)
+    x = ours.product(y, weight, residual=x)
+    assert relative_error(ours.product(x, following, norm), exact_norm(x, norm) @ following.double().T) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 9])
 @pytest.mark.parametrize("size", [3e-4, 3e4])
 def test_norm_of_large_and_small_rows(relative_error, dtype, M, size):
@@ -81,7 +122,7 @@ def test_norm_of_large_and_small_rows(relative_error, dtype, M, size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("M", [1, 8, 9])
+@pytest.mark.parametrize("M", [1, 8, 9, 16, 17, 32])
 def test_rows_do_not_meet(dtype, M):
     """A row's result does not depend on the others, NaN as they may be."""
     x, weight, norm = randn(M, 512, dtype=dtype), randn(96, 512, dtype=dtype), (randn(512, dtype=dtype), EPS)
@@ -94,7 +135,7 @@ def test_rows_do_not_meet(dtype, M):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("M", [1, 5, 8, 9, 33])
+@pytest.mark.parametrize("M", [1, 5, 8, 9, 16, 31, 33])
 @pytest.mark.parametrize("shape", [(5632, 2048), (672, 256), (40, 264), (96, 4096)], ids=str)
 def test_swiglu(relative_error, dtype, M, shape):
     N, K = shape
@@ -108,7 +149,7 @@ def test_swiglu(relative_error, dtype, M, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("M", [1, 3, 8, 9, 33])
+@pytest.mark.parametrize("M", [1, 3, 8, 16, 17, 32, 33])
 @pytest.mark.parametrize("shape", [(2048, 128), (256, 64), (64, 1024)], ids=str)
 def test_groups(relative_error, dtype, M, shape):
     N, K = shape
@@ -126,21 +167,29 @@ def test_norm(relative_error, dtype, N):
         assert relative_error(OURS.norm(x, norm), exact_norm(x, norm)) < BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("what", ["rows", "columns", "dtype", "device", "groups"])
+@pytest.mark.parametrize("what", ["rows", "columns", "dtype", "device", "groups", "norm", "outputs", "parts", "next"])
 def test_what_the_products_refuse(what):
-    run = torch.ops.kda_hf_cuda.linear
     x, weight, out = randn(2, 64, dtype=DTYPES[0]), randn(64, 64, dtype=DTYPES[0]), randn(2, 64, dtype=DTYPES[0])
+    many, many_out = randn(9, 64, dtype=DTYPES[0]), randn(9, 64, dtype=DTYPES[0])
     arguments = {
-        "rows": (randn(9, 64, dtype=DTYPES[0]), weight, randn(9, 64, dtype=DTYPES[0]), None, 0.0, None, 1, False),
-        "columns": (x[:, :60], weight[:, :60].contiguous(), out, None, 0.0, None, 1, False),
-        "dtype": (x, weight.float(), out, None, 0.0, None, 1, False),
-        "device": (x, weight.cpu(), out, None, 0.0, None, 1, False),
-        "groups": (x, weight, out, None, 0.0, None, 3, False),
+        "rows": {"x": randn(33, 64, dtype=DTYPES[0]), "out": randn(33, 64, dtype=DTYPES[0])},
+        "columns": {"x": x[:, :60], "weight": weight[:, :60].contiguous()},
+        "dtype": {"weight": weight.float()},
+        "device": {"weight": weight.cpu()},
+        "groups": {"groups": 3},
+        "norm": {"x": many, "out": many_out, "norm_weight": weight[0]},
+        "outputs": {"x": many, "weight": weight[:60], "out": many_out[:, :60]},
+        "parts": {"x": many, "out": many_out, "squares": randn(9, 6)},
+        "next": {"next_norm_weight": weight[0], "next_x": torch.empty_like(out), "next_squares": randn(2, 8)},
     }[what]
-    before = out.clone()
+    given = {"x": x, "weight": weight, "out": out, "norm_weight": None, "norm_eps": 0.0, "squares": None} | {
+        "residual": None, "next_norm_weight": None, "next_x": None, "next_squares": None, "groups": 1, "swiglu": False,
+    }  # fmt: skip
+    given |= arguments
+    before = given["out"].clone()
     with pytest.raises((RuntimeError, ValueError)):
-        run(*arguments)
-    assert torch.equal(out, before)
+        torch.ops.kda_hf_cuda.linear(*given.values())
+    assert torch.equal(given["out"], before)
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -244,7 +293,7 @@ def test_attention_in_a_graph_that_grows():
     case, beside = (attention_case(3, 16, 4, 128, 120, 160, torch.bfloat16, True, True, True) for _ in range(2))
     for own, other in zip(beside[:5], case[:5], strict=True):
         own.copy_(other)
-    case = (*beside[:3], *case[3:5], case[5], *beside[6:])
+    beside = (*beside[:5], case[5].clone(), *case[6:])
     workspace = OURS.attention_workspace(case[0], 3, 16, 4, 160, 128)
     scratch = copied(case)
     OURS.attention_step(*scratch, workspace)

@@ -107,6 +107,19 @@ __device__ __forceinline__ void wgmma_ss(float (&c)[32], uint64_t a, uint64_t b,
   detail::wgmma<Atom>(std::make_index_sequence<32>{}, c, accumulate ? ScaleOut::One : ScaleOut::Zero, a, b);
 }
 
+// The same for N = 16 or 32, both operands K-major.
+template <class Element, int N>
+__device__ __forceinline__ void wgmma_k_major(float (&c)[N / 2], uint64_t a, uint64_t b) {
+  using namespace cute::SM90::GMMA;
+  static_assert(N == 16 || N == 32);
+  using OfHalf = std::conditional_t<N == 16, MMA_64x16x16_F32F16F16_SS<Major::K, Major::K>,
+                                    MMA_64x32x16_F32F16F16_SS<Major::K, Major::K>>;
+  using OfBfloat16 = std::conditional_t<N == 16, MMA_64x16x16_F32BF16BF16_SS<Major::K, Major::K>,
+                                        MMA_64x32x16_F32BF16BF16_SS<Major::K, Major::K>>;
+  using Atom = std::conditional_t<std::is_same_v<Element, __half>, OfHalf, OfBfloat16>;
+  detail::wgmma<Atom>(std::make_index_sequence<N / 2>{}, c, ScaleOut::One, a, b);
+}
+
 // Keeps the compiler from moving reads and writes of these registers across a point where WGMMA uses them.
 template <class T, size_t N>
 __device__ __forceinline__ void fence_registers(T (&c)[N]) {

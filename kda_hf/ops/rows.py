@@ -15,7 +15,8 @@ from . import cuda
 
 
 Norm = tuple[torch.Tensor, float]
-MOST_ROWS = 8  # of the kernel for products; torch's take more of them, at the speed of the weight too
+MOST_ROWS = 32  # of the kernels for products; torch's take more of them, at the speed of the weight too
+MOST_NORMED = 8  # of the kernel that takes norms along; for more, they are made of what the product before it leaves
 GROUP_ROWS = 64  # rows of a group's weight are a multiple of these
 ATTENTION_WIDTHS = (64, 128)
 MOST_GROUPED = 32  # heads of queries that share one of keys
@@ -34,8 +35,14 @@ class TorchRows:
         weight: torch.Tensor,
         norm: Norm | None = None,
         residual: torch.Tensor | None = None,
+        next_norm: Norm | None = None,
     ) -> torch.Tensor:
-        """`norm(x) · weightᵀ + residual`, of `[M, K]` and `[N, K]`. The result may take the place of `residual`."""
+        """
+        `norm(x) · weightᵀ + residual`, of `[M, K]` and `[N, K]`. The result may take the place of `residual`.
+
+        Args:
+            next_norm: the norm of the result that will be asked for.
+        """
         y = F.linear(x if norm is None else self.norm(x, norm), weight)
         return y if residual is None else residual + y
 
@@ -98,6 +105,11 @@ class TorchRows:
 class KernelRows(TorchRows):
     """By the CUDA extension: see `refusal`."""
 
+    def __init__(self) -> None:
+        # What a product has left for the norm of its result: the result, the norm's weight, their product, and parts of
+        # the sums of squares.
+        self.left: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
     def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         out = torch.empty_like(x)
         torch.ops.kda_hf_cuda.rms_norm(x, *norm, out)
@@ -109,28 +121,52 @@ class KernelRows(TorchRows):
         weight: torch.Tensor,
         norm: Norm | None = None,
         residual: torch.Tensor | None = None,
+        next_norm: Norm | None = None,
     ) -> torch.Tensor:
-        if norm is not None and not _takes_norm(x):
-            x, norm = self.norm(x, norm), None
-        if len(x) > MOST_ROWS:
+        if residual is not None:
+            self.left = None
+        if not _has_kernel(x, len(weight)):
+            x = x if norm is None else self.norm(x, norm)
             return F.linear(x, weight) if residual is None else residual.addmm_(x, weight.t())
         out = x.new_empty(len(x), len(weight)) if residual is None else residual
-        torch.ops.kda_hf_cuda.linear(x, weight, out, *(norm or (None, 0.0)), residual, 1, False)
+        x, *of_norm = self._normed(x, norm)
+        for_next: list[Any] = [None, None, None]
+        if next_norm is not None and len(x) > MOST_NORMED and x.dtype != torch.float16:
+            parts = torch.ops.kda_hf_cuda.linear_parts(len(x), *weight.shape)
+            squares = torch.empty(len(x), parts, dtype=torch.float32, device=x.device)
+            for_next = [next_norm[0], torch.empty(out.shape, dtype=x.dtype, device=x.device), squares]
+            self.left = (out, *for_next)
+        torch.ops.kda_hf_cuda.linear(x, weight, out, *of_norm, residual, *for_next, 1, False)
         return out
 
     def swiglu(self, x: torch.Tensor, weight: torch.Tensor, norm: Norm) -> torch.Tensor:
         out = x.new_empty(len(x), len(weight) // 2)
-        if _takes_norm(x):
-            torch.ops.kda_hf_cuda.linear(x, weight, out, *norm, None, 1, True)
+        if _has_kernel(x, out.shape[1]):
+            x, *of_norm = self._normed(x, norm)
+            torch.ops.kda_hf_cuda.linear(x, weight, out, *of_norm, None, None, None, None, 1, True)
         else:
-            torch.ops.kda_hf_cuda.swiglu(self.product(x, weight, norm), out)
+            torch.ops.kda_hf_cuda.swiglu(F.linear(self.norm(x, norm), weight), out)
         return out
+
+    def _normed(self, x: torch.Tensor, norm: Norm | None) -> list[Any]:
+        """x as a product takes it, with the product's `norm_weight`, `norm_eps` and `squares`."""
+        if norm is None:
+            return [x, None, 0.0, None]
+        # A product that takes the norm along multiplies x with the norm's weight before the norm's factor. Float16 has
+        # no range for that.
+        if x.dtype != torch.float16:
+            if len(x) <= MOST_NORMED:
+                return [x, *norm, None]
+            left, self.left = self.left, None
+            if left is not None and left[0] is x and left[1] is norm[0]:
+                return [left[2], None, norm[1], left[3]]
+        return [self.norm(x, norm), None, 0.0, None]
 
     def grouped(self, x: torch.Tensor, weight: torch.Tensor, groups: int) -> list[torch.Tensor]:
         if len(x) > MOST_ROWS:
             return list(torch.bmm(x.view(len(x), groups, -1).transpose(0, 1), weight.unflatten(0, (groups, -1)).mT))
         out = x.new_empty(len(x), len(weight))
-        torch.ops.kda_hf_cuda.linear(x, weight, out, None, 0.0, None, groups, False)
+        torch.ops.kda_hf_cuda.linear(x, weight, out, None, 0.0, *(None,) * 5, groups, False)
         return list(out.chunk(groups, -1))
 
     def attention_workspace(self, like: torch.Tensor, *sizes: int) -> torch.Tensor | None:
@@ -148,10 +184,8 @@ class KernelRows(TorchRows):
         return out
 
 
-def _takes_norm(x: torch.Tensor) -> bool:
-    """Whether the kernel for products may take the norm along: it multiplies x with the norm's weight before the norm's
-    factor, which float16 has no range for."""
-    return len(x) <= MOST_ROWS and x.dtype != torch.float16
+def _has_kernel(x: torch.Tensor, outputs: int) -> bool:
+    return len(x) <= MOST_NORMED or (len(x) <= MOST_ROWS and outputs % 8 == 0)
 
 
 def refusal(parameters: list[torch.Tensor], attention: Any) -> str | None:

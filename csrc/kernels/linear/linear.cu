@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "batched.h"
+
 namespace kda {
 
 namespace {
@@ -24,19 +26,23 @@ cudaError_t launch_linear(const LinearParams& params, cudaStream_t stream) {
   return params.K > 256 ? launch_linear<Element, 8, 6>(params, stream) : launch_linear<Element, 2, 2>(params, stream);
 }
 
+// Beyond what the first kernel has registers for, and in what it does not do.
+bool is_batched(const LinearParams& params) {
+  return params.M > kMostTokens || params.groups > 1 || params.squares != nullptr || params.next_norm_weight != nullptr;
+}
+
 }  // namespace
 
 const char* linear_refusal(const LinearParams& params) {
   if (params.dtype == DType::kFP32) return "`x` is float32; the kernel takes bfloat16 and float16";
-  if (params.M > kMostTokens) return "`x` has more rows than 8";
-  if (params.norm_weight != nullptr && params.K > kMostNormed) return "`x` has more columns than 16384";
   if (params.K % 8 != 0) return "`weight` has a number of columns that is no multiple of 8";
-  if (params.groups > 1 && (params.swiglu || params.norm_weight != nullptr || params.N / params.groups % 64 != 0))
-    return "`groups` needs a multiple of 64 rows each, and neither a norm nor SwiGLU";
+  if (is_batched(params)) return batched_linear_refusal(params);
+  if (params.norm_weight != nullptr && params.K > kMostNormed) return "`x` has more columns than 16384";
   return nullptr;
 }
 
 cudaError_t linear(const LinearParams& params, cudaStream_t stream) {
+  if (is_batched(params)) return batched_linear(params, stream);
   return params.dtype == DType::kBF16 ? launch_linear<__nv_bfloat16>(params, stream)
                                       : launch_linear<__half>(params, stream);
 }

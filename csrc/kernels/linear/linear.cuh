@@ -1,4 +1,4 @@
-// A product of few rows with a large weight, at the speed of the weight's bytes.
+// A product of up to 8 rows with a large weight, at the speed of the weight's bytes.
 //
 // Data flow
 //   A CTA has tiles of 16 rows of the weight, one after the other. A warp has every kWarpsK-th step of 64 columns of them; the warps
@@ -108,12 +108,11 @@ __global__ void __launch_bounds__(kLinearThreads, kLinearCtas) linear(const __gr
 #pragma unroll 1
   for (int round = blockIdx.x; round < rounds; round += static_cast<int>(gridDim.x), parity ^= 1) {
     const bool is_first = round == static_cast<int>(blockIdx.x);
-    const int group = p.groups == 1 ? 0 : round * Shape::kRowTiles * rows / (p.N / p.groups);
-    const Element* const x = static_cast<const Element*>(p.x) + static_cast<int64_t>(group) * p.K;
+    const Element* const x = static_cast<const Element*>(p.x);
     float sums[4] = {};
 #pragma unroll 1
     for (int begin = 0; begin < own_steps; begin += kHeld) {
-      if (is_first || own_steps > kHeld || p.groups > 1) {
+      if (is_first || own_steps > kHeld) {
         const auto column_of = [&](int i, int half) {
           return (own_part + (begin + i) * kWarpsK) * kStepColumns + 32 * half + 8 * quarter;
         };
