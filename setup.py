@@ -1,10 +1,12 @@
-"""Builds `kda_hf/_C.abi3.so` where nvcc is found; without it, kda_hf installs as pure Python.
+"""Builds `kda_hf/_C.abi3.so` where nvcc is found, and `kda_hf/_cpu.abi3.so` where a C++ compiler and torch are.
 
 KDA_HF_CUDA_ARCHS   GPU architectures, separated by spaces (default: 90a)
 MAX_JOBS            files compiled at the same time (default: 2; the compiler takes gigabytes of memory for each)
+CXX                 the C++ compiler for the CPU (default: c++, g++ or clang++)
 
-The extension needs no GPU to build. It uses torch's stable ABI and nothing of Python's, so that one file serves every
-Python from 3.10 and every torch from 2.11 on. Objects stay in build/csrc: only what changed is compiled again.
+Without them kda_hf installs as pure Python, and so it does where the CPU extension does not compile. The extensions
+need no GPU to build. They use torch's stable ABI and nothing of Python's, so that one file serves every Python from
+3.10 and every torch from 2.11 on. What was built stays in build: only what changed is compiled again.
 """
 
 import os
@@ -25,6 +27,8 @@ import resolve  # noqa: E402
 
 PREBUILT = ROOT / "kda_hf" / "_C.abi3.so"
 OBJECTS = ROOT / "build" / "csrc"
+CPU_SOURCES = ROOT / "csrc" / "cpu"
+CPU_BUILT = ROOT / "build" / "cpu" / "_cpu.abi3.so"
 OLDEST_TORCH = "0x020b000000000000"  # 2.11: newer functions of the stable ABI are hidden from the bindings
 
 
@@ -33,7 +37,8 @@ def ninja_file() -> str:
     archs = os.environ.get("KDA_HF_CUDA_ARCHS", "90a").replace(";", " ").replace(",", " ").split()
     gencode = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
     host = f"-std=c++17 -O3 -DNDEBUG -Xcompiler -fPIC,-fvisibility=hidden,-ffile-prefix-map={_quoted(ROOT)}=."
-    sources = sorted([*ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.cu")])
+    sources = [*ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.cu")]
+    sources = sorted(source for source in sources if CPU_SOURCES not in source.parents)
     lines = [
         "ninja_required_version = 1.8",
         f"nvcc = {shlex.quote(str(nvcc))}",
@@ -80,17 +85,20 @@ class BuildExtension(build_ext):
         return os.path.join(*fullname.split(".")) + ".abi3.so"
 
     def build_extension(self, ext):
-        if resolve.nvcc() and not (resolve.missing() and PREBUILT.exists()):
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        if ext.name == "kda_hf._cpu":
+            built = self.compile_for_cpu()
+        elif resolve.nvcc() and not (resolve.missing() and PREBUILT.exists()):
             built = self.compile()
         else:
             built = PREBUILT
             _say(f"{', '.join(resolve.missing()) or 'nvcc'} not found: {PREBUILT} is taken as it is, built elsewhere.")
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
         if target != built:
             target.parent.mkdir(parents=True, exist_ok=True)
             # A new file, not new bytes in the old one: a process may have that one mapped.
             target.unlink(missing_ok=True)
-            shutil.copy2(built, target)
+            if built is not None:
+                shutil.copy2(built, target)
 
     @staticmethod
     def compile() -> Path:
@@ -104,16 +112,49 @@ class BuildExtension(build_ext):
         subprocess.run(["ninja", "-C", str(OBJECTS), "-j", os.environ.get("MAX_JOBS", "2")], check=True)
         return OBJECTS / PREBUILT.name
 
+    @staticmethod
+    def compile_for_cpu() -> Path | None:
+        """The extension, or None where it does not compile: there is another way for all that it does."""
+        compiler, torch = resolve.compiler(), resolve.torch()
+        # For any processor of the kind: which instructions it has is looked up when it runs.
+        flags = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi"]
+        paths = [f"-ffile-prefix-map={ROOT}=.", "-isystem", str(torch / "include"), f"-L{torch / 'lib'}"]
+        sources = sorted(map(str, CPU_SOURCES.glob("*.cpp")))
+        command = [*compiler, *flags, f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", *paths, *sources]
+        changed = max(path.stat().st_mtime for path in (*CPU_SOURCES.iterdir(), Path(__file__)))
+        if not CPU_BUILT.exists() or CPU_BUILT.stat().st_mtime < changed:
+            CPU_BUILT.parent.mkdir(parents=True, exist_ok=True)
+            CPU_BUILT.unlink(missing_ok=True)
+            try:
+                subprocess.run([*command, "-o", str(CPU_BUILT), "-ltorch_cpu", "-lc10"], check=True)
+            except (OSError, subprocess.CalledProcessError):
+                CPU_BUILT.unlink(missing_ok=True)
+                (ROOT / "kda_hf" / CPU_BUILT.name).unlink(missing_ok=True)  # of other sources
+                _say_without_cpu(f"{' '.join(compiler)} does not compile it.")
+                return None
+        return CPU_BUILT
+
+
+def _say_without_cpu(reason: object) -> None:
+    _say(f"the CPU extension is NOT built, and decoding on a CPU is slower without it: {reason}")
+
 
 def _say(text: str) -> None:
     print(f"kda_hf: {text}", file=sys.stderr)
 
 
 def extensions() -> list[Extension]:
+    found = []
     if resolve.nvcc() or PREBUILT.exists():
-        return [Extension("kda_hf._C", sources=[], py_limited_api=True)]
-    _say("nvcc not found: the CUDA extension is NOT built, kda_hf installs as pure Python.")
-    return []
+        found.append(Extension("kda_hf._C", sources=[], py_limited_api=True))
+    else:
+        _say("nvcc not found: the CUDA extension is NOT built.")
+    try:
+        resolve.compiler(), resolve.torch()
+        found.append(Extension("kda_hf._cpu", sources=[], py_limited_api=True, optional=True))
+    except resolve.NotFound as reason:
+        _say_without_cpu(reason)
+    return found
 
 
 setup(

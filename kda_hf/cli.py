@@ -157,7 +157,7 @@ def info(args):
     print(f"kda_hf {kda_hf.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
     cuda = torch.cuda.is_available()
     print("device: " + (torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"))
-    print(kda_hf.ops.cuda.status())
+    print(f"{kda_hf.ops.cuda.status()}; {kda_hf.ops.cpu.status()}")
     for row in kda_hf.ops.backend_report():
         state = "usable" if row["usable"] else "refused"
         print(f"  {row['backend']:6} {state:8} {row['reason']}")

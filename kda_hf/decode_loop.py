@@ -24,7 +24,8 @@ from transformers.generation import (
 )
 
 from .cache import KDACache
-from .decoding import DecodeProgram, Idle, capture, current_program, graph_stepper, has_graphs
+from .decode_graph import Idle, capture, graph_stepper, has_graphs
+from .decoding import DecodeProgram, current_program
 
 
 # Arguments of a forward, beside the cache, that a step knows what to do with. A tokenizer, as calls with stop strings

@@ -425,11 +425,30 @@ class KDAAttention(nn.Module):
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        output, weights = self.attend(query_states, key_states, value_states, attention_mask, **kwargs)
+        return self.o_proj(output.flatten(-2)), weights
 
+    def attend(
+        self,
+        query_states: torch.Tensor,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What happens between the projections, by the implementation that the configuration names.
+
+        Args:
+            query_states (`torch.Tensor` of shape `[B, H, T, head_dim]`): with norm and RoPE.
+            key_states, value_states (`torch.Tensor` of shape `[B, KVH, past + T, head_dim]`): with norm and RoPE.
+
+        Returns:
+            The output `[B, T, H, head_dim]`, and the weights, if the implementation has them.
+        """
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attention_interface(
+        return attention_interface(
             self,
             query_states,
             key_states,
@@ -439,7 +458,6 @@ class KDAAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.flatten(-2)), weights
 
 
 class KDADecoderLayer(GradientCheckpointingLayer):

@@ -1,8 +1,11 @@
-"""Times `model.generate()` in floors, beside the same model by its modules and transformers' `kimi_linear` of its size.
+"""Times `model.generate()` in floors, beside the same model by its modules, with torch.compile in place of our kernels,
+and transformers' `kimi_linear` of its size.
 
 A step's floor is reading the weights, reading and writing the recurrent states, and reading keys and values, at the
 copy bandwidth measured in the same run. The first token's floor is the matrix products at 700 TFLOP/s, and of the KDA
-layers reading the inputs and writing the outputs. Random weights: the tokens mean nothing. Without a GPU all is small.
+layers reading the inputs and writing the outputs. A call is timed to the end of its prefill, and from there; prompts
+above 16384 tokens are timed once, after a first call. Warm-up is what that first call takes longer, with captures and
+compilers. Random weights: the tokens mean nothing. Without a GPU all is small, and there are no compiled steps.
 
     python scripts/bench_generate.py --json generate.json
 """
@@ -24,7 +27,7 @@ import torch
 import transformers
 from transformers import KimiLinearConfig, KimiLinearForCausalLM
 
-from kda_hf import KDAConfig, KDAForCausalLM, generation
+from kda_hf import KDACache, KDAConfig, KDAForCausalLM, decode_graph, decoding, generation
 
 
 PRODUCTS = 700e12  # operations a second that a large product of bf16 matrices reaches
@@ -47,17 +50,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=1024)
     parser.add_argument("--new", type=int, default=256, help="tokens")
     parser.add_argument("--new-beside", type=int, default=32, help="tokens of what is measured beside")
+    parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 4096, 16384, 65536])
     parser.add_argument(
-        "--contexts",
+        "--contexts-alone",
         type=int,
         nargs="*",
-        default=[1024, 4096, 16384, 65536],
-        help="also of a model of KDA layers alone",
+        help="of a model of KDA layers alone; by default --contexts and 1048576",
     )
+    parser.add_argument("--compiled", type=int, nargs="*", default=[1, 8, 32], help="batches of torch.compile's step")
     parser.add_argument("--repeats", type=int, default=3)
     if not torch.cuda.is_available():
-        parser.set_defaults(**SMALL, vocab=4096, batches=[1], prompt=64, new=32, contexts=[])
-    return parser.parse_args()
+        parser.set_defaults(**SMALL, vocab=4096, batches=[1], prompt=64, new=32, contexts=[], contexts_alone=[])
+    args = parser.parse_args()
+    if args.contexts_alone is None:
+        args.contexts_alone = sorted({*args.contexts, 2**20})
+    return args
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -76,7 +83,7 @@ def ours(args: argparse.Namespace, pure: bool = False) -> Any:
         num_attention_heads=args.attention_heads,
         num_key_value_heads=args.kv_heads,
         head_dim=128,
-        max_position_embeddings=2**20,
+        max_position_embeddings=2**21,
         dtype=args.dtype,
     )
     return made(KDAForCausalLM, config, args)
@@ -121,6 +128,17 @@ def by_modules() -> Iterator[None]:
         generation.decode_program = own
 
 
+def compile_step(model: Any) -> None:
+    """Has `generate()` capture what torch.compile makes of the step of a new model, with PyTorch's operations for
+    products, norms, SwiGLU and attention. `kda_decode_step` is a node in it."""
+    own, decoding.rows.refusal = decoding.rows.refusal, lambda *_: "torch.compile is asked for"
+    try:
+        program: Any = decoding.program_of(model)
+    finally:
+        decoding.rows.refusal = own
+    program.step = torch.compile(program.step, fullgraph=True, dynamic=False)
+
+
 # -------------------------------------------------------------------------------------------------------------- floors
 
 
@@ -157,27 +175,51 @@ def first_token_floor(model: Any, tokens: int, rate: float) -> float:
 # -------------------------------------------------------------------------------------------------------- measurements
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
+def now() -> float:
+    """Seconds, when all that was asked for is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter()
 
 
-def timed(model: Any, args: argparse.Namespace, batch: int, prompt: int, new: int, **options: Any) -> dict[str, float]:
-    """Seconds to the first token, of a step, and of the very first call of these shapes."""
+def seconds(call: Callable[[], object]) -> float:
+    start = now()
+    call()
+    return now() - start
+
+
+def timed(
+    model: Any, args: argparse.Namespace, batch: int, prompt: int, new: int, keeps_history: bool = False, **options: Any
+) -> dict[str, float]:
+    """Seconds of the prefill, of a step, and what the first call of these shapes takes longer.
+
+    Args:
+        keeps_history: whether calls get a cache that `crop` can take tokens from.
+    """
     ids = torch.randint(1, args.vocab, (batch, prompt), device=model.device)
-    options = {"do_sample": False} | options
+    options = {"do_sample": False, "max_new_tokens": new} | options
+    prefill, ends = model._prefill, []
 
-    def run(new: int) -> float:
-        return seconds(lambda: model.generate(ids, max_new_tokens=new, **options))
+    def watched_prefill(*others: Any, **kwargs: Any) -> Any:
+        outputs = prefill(*others, **kwargs)
+        ends.append(now())
+        return outputs
 
-    repeats = args.repeats if prompt <= 16384 else 1
-    warm_up = run(new)
-    first = statistics.median(run(1) for _ in range(repeats))
-    total = statistics.median(run(new) for _ in range(repeats))
-    return {"first_s": first, "step_s": (total - first) / (new - 1), "warm_up_s": warm_up - total}
+    def run() -> tuple[float, float]:
+        """Seconds of the prefill and of the rest, in one call: a long prefill varies by more than steps take."""
+        cache = {"past_key_values": KDACache(model.config)} if keeps_history else {}
+        start = now()
+        model.generate(ids, **options, **cache)
+        return ends[-1] - start, now() - ends[-1]
+
+    model._prefill = watched_prefill
+    try:
+        warm_up = sum(run())
+        runs = [run() for _ in range(args.repeats if prompt <= 16384 else 1)]
+    finally:
+        del model._prefill
+    first, rest = (statistics.median(times) for times in zip(*runs, strict=True))
+    return {"first_s": first, "step_s": rest / (new - 1), "warm_up_s": warm_up - first - rest}
 
 
 def measure(args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
@@ -206,6 +248,8 @@ def measure(args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
     add("greedy, end of text", model, args.batches[0], args.prompt, eos_token_id=args.vocab + 1)
     add("sampled", model, args.batches[0], args.prompt, do_sample=True, top_k=0)
     add("sampled, top k and p", model, args.batches[0], args.prompt, do_sample=True, top_p=0.9, temperature=0.8)
+    for batch in sorted({1, max((batch for batch in args.batches if batch <= 32), default=1)}):
+        add("greedy, cache with a history", model, batch, args.prompt, keeps_history=True)
     for context in args.contexts:
         add("greedy, longer", model, 1, context)
         rows[-1]["first_floor_s"] = first_token_floor(model, context, rate)
@@ -213,14 +257,23 @@ def measure(args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
         add("greedy, by modules", model, args.batches[0], args.prompt, args.new_beside)
     del model
     release()
-    if args.contexts:
+    if args.contexts_alone:
         model = ours(args, pure=True)
-        for context in args.contexts:
+        for context in args.contexts_alone:
             add("KDA alone", model, 1, context, prefill_chunk_size=min(context, 16384))
+            rows[-1]["first_floor_s"] = first_token_floor(model, context, rate)
         del model
         release()
     kimi = native(args)
     add("transformers' kimi_linear", kimi, args.batches[0], args.prompt, args.new_beside, has_floor=False)
+    del kimi
+    release()
+    # The last one, since an error within a capture may leave a GPU that does nothing more.
+    model = ours(args)
+    if decode_graph.has_graphs(model.device):
+        compile_step(model)
+        for batch in args.compiled:
+            add("torch.compile of the step", model, batch, args.prompt)
     return rows
 
 
@@ -235,7 +288,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['device']}, torch {result['torch']}, transformers {result['transformers']}, commit "
         f"{result['commit']}, {result['date']}: copies at {result['bandwidth'] / 1e9:.0f} GB/s",
-        f"{'case':28}{'B':>4}{'prompt':>8}{'ms/step':>9}{'floors':>8}{'tokens/s':>10}{'first ms':>10}{'warm-up s':>11}",
+        f"{'case':28}{'B':>4}{'prompt':>8}{'ms/step':>9}{'floors':>8}{'tokens/s':>10}{'first ms':>10}{'warm-up s':>11}"
+        f"{'peak GB':>9}",
     ]
     for row in result["rows"]:
         start = f"{row['case']:28}{row['batch']:4}{row['prompt']:8}"
@@ -243,7 +297,7 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"{start}  {row['error']}")
             continue
         floors = row["step_s"] / row.get("step_floor_s", math.nan)
-        first = f"{1e3 * row['first_s']:10.1f}{row['warm_up_s']:11.1f}"
+        first = f"{1e3 * row['first_s']:10.1f}{row['warm_up_s']:11.1f}{row.get('peak_bytes', math.nan) / 1e9:9.2f}"
         if "first_floor_s" in row:
             first += f"   first token: {row['first_s'] / row['first_floor_s']:.2f} floors"
         lines.append(f"{start}{1e3 * row['step_s']:9.2f}{floors:8.2f}{row['batch'] / row['step_s']:10.0f}{first}")

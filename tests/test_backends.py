@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kda_hf import ops
-from kda_hf.ops import backends, cuda, fla
+from kda_hf.ops import backends, cpu, cuda, fla
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -14,12 +14,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """No variable set, nothing said yet, neither the extension nor FLA."""
+    """No variable set, nothing said yet, neither of the extensions nor FLA."""
     for variable in ("KDA_HF_BACKEND", "FLA_FLASH_KDA"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(backends, "_logged", set())
     monkeypatch.setattr(cuda, "_unavailable", "the CUDA extension is not built")
     monkeypatch.setattr(cuda, "_served", set())
+    monkeypatch.setattr(cpu, "_unavailable", "the CPU extension is not built")  # test_cpu.py is about that
     monkeypatch.setattr(fla, "VERSION", None)
 
 

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from kda_hf import KDACache, decoding
+from kda_hf import KDACache, decode_graph, decoding
 
 
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
@@ -18,7 +18,7 @@ class Recorded:
     """In place of a CUDA graph, where there is none: the same calls, and results in the same place."""
 
     def __init__(self, program, cache, capacity, records):
-        self.buffers = decoding.DecodeBuffers(program, cache, capacity)
+        self.buffers = decode_graph.DecodeBuffers(program, cache, capacity)
         self.program, self.graph, self.nbytes = program, self, self.buffers.nbytes
         self.records, self.recorded = records, {} if records else None
         self.logits = self.buffers.tokens.new_full((cache.batch_size, len(program.head)), -1).to(program.head.dtype)
@@ -32,9 +32,9 @@ class Recorded:
 def everywhere(monkeypatch, device):
     monkeypatch.setattr("kda_hf.modeling_kda.KimiDeltaAttention.steps_at_once", lambda *_: True)
     if device.type == "cpu":
-        monkeypatch.setattr(decoding, "DecodeGraph", Recorded)
-        monkeypatch.setattr(decoding, "has_graphs", lambda device: True)
-        monkeypatch.setattr(decoding, "_memory_of", lambda device: 2**34)
+        monkeypatch.setattr(decode_graph, "DecodeGraph", Recorded)
+        monkeypatch.setattr(decode_graph, "has_graphs", lambda device: True)
+        monkeypatch.setattr(decode_graph, "_memory_of", lambda device: 2**34)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def prompt(model, batch=2, length=9):
 
 def stepper_of(model, cache, mask=None, positions=None, keeps_cache=True, max_steps=None):
     program = decoding.program_of(model)
-    stepper = decoding.graph_stepper(program, cache, keeps_cache, mask, positions, max_steps)
+    stepper = decode_graph.graph_stepper(program, cache, keeps_cache, mask, positions, max_steps)
     assert stepper is not None
     return stepper
 
@@ -120,15 +120,30 @@ def test_widths_of_kernels(tiny_model, relative_error, dtype, batch, rope):
             assert relative_error(x, y) < (1e-4 if dtype == torch.float32 else 0.15)
 
 
+def test_a_step_compiles_without_graph_breaks(tiny_model):
+    """`scripts/bench_generate.py` compares our steps with that."""
+    model = tiny_model(**FITS, **ROPE)
+    program, ids, buffers = decoding.program_of(model), prompt(model), []
+    for cache in (prefilled(model, ids), prefilled(model, ids)):
+        buffers.append(decode_graph.DecodeBuffers(program, cache, capacity=16))
+        buffers[-1].load(cache, None, None)
+    compiled = torch.compile(program.step, fullgraph=True, backend="aot_eager", dynamic=False)
+    for token in prompt(model, length=3).unbind(1):
+        for own in buffers:
+            own.tokens.copy_(token)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(buffers[0]), program.step(buffers[1]), rtol=1e-4, atol=1e-4)
+
+
 def test_capacity_grows(hybrid, monkeypatch):
-    monkeypatch.setattr(decoding.GraphStepper, "_capacity", lambda self: self.length + 2)
+    monkeypatch.setattr(decode_graph.GraphStepper, "_capacity", lambda self: self.length + 2)
     run_beside_modules(hybrid)
     run_beside_modules(hybrid, padded=True)
 
 
 @pytest.mark.parametrize("length, most", [(9, None), (9, 12), (1000, 10**6), (5000, None), (70000, 70001), (65536, 1)])
 def test_capacity(hybrid, length, most):
-    stepper = decoding.GraphStepper.__new__(decoding.GraphStepper)
+    stepper = decode_graph.GraphStepper.__new__(decode_graph.GraphStepper)
     stepper.has_keys, stepper.length, stepper.most = True, length, most
     capacity = stepper._capacity()
     assert capacity > length
@@ -219,9 +234,9 @@ def test_without_memory_for_a_graph(hybrid, monkeypatch):
 
     run_beside_modules(hybrid, steps=1)
     program, cache = decoding.program_of(hybrid), prefilled(hybrid, prompt(hybrid, 4))
-    monkeypatch.setattr(decoding, "DecodeGraph", fails)
+    monkeypatch.setattr(decode_graph, "DecodeGraph", fails)
     assert len(program.graphs.idle) == 1
-    assert decoding.graph_stepper(program, cache, True, None, None, None) is None
+    assert decode_graph.graph_stepper(program, cache, True, None, None, None) is None
     assert not len(program.graphs.idle) and cache.get_seq_length() == 9
 
 
@@ -291,4 +306,4 @@ def test_refusals(tiny_model, reason):
         mask = torch.ones(2, 9 if reason == "right padding" else 7, dtype=torch.long, device=model.device)
         mask[0, -2:] = reason == "mask"
     program = decoding.program_of(model)
-    assert decoding.graph_stepper(program, cache, True, mask, None, None) is None
+    assert decode_graph.graph_stepper(program, cache, True, mask, None, None) is None

@@ -18,7 +18,7 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from kda_hf import KDACache, decode_loop, decoding
+from kda_hf import KDACache, decode_graph, decode_loop, decoding
 from kda_hf.decoding import DecodeProgram
 from kda_hf.generation import CACHE_NAME, KDAGenerationMixin
 
@@ -59,7 +59,7 @@ def served(monkeypatch):
 @pytest.fixture
 def steps(monkeypatch):
     """The tokens that programs have been given, which takes programs that are no graphs."""
-    monkeypatch.setattr(decoding, "has_graphs", lambda device: False)
+    monkeypatch.setattr(decode_graph, "has_graphs", lambda device: False)
     calls, own = [], DecodeProgram.__call__
 
     def counted(self, input_ids, *args):
@@ -458,7 +458,7 @@ def test_where_the_program_declines_the_modules_step(model, declines, padding, i
         calls.append(args)
         return None if len(calls) % 4 < 2 else own(*args)
 
-    monkeypatch.setattr(decoding, "has_graphs", lambda device: False)
+    monkeypatch.setattr(decode_graph, "has_graphs", lambda device: False)
     if declines == "always":
         monkeypatch.setattr(DecodeProgram, "takes", lambda *_: False)
     monkeypatch.setattr(DecodeProgram, "__call__", sometimes)
@@ -533,7 +533,7 @@ def choices(monkeypatch, device, model):
 
         monkeypatch.setattr(decode_loop, "capture", capture)
         monkeypatch.setattr(decode_loop, "has_graphs", lambda device: True)
-        monkeypatch.setattr(decoding, "_memory_of", lambda device: 2**34)
+        monkeypatch.setattr(decode_graph, "_memory_of", lambda device: 2**34)
     return idle
 
 

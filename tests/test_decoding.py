@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kda_hf import KDACache, KDAForCausalLM, decoding, generation
+from kda_hf import KDACache, KDAForCausalLM, decode_graph, decoding, generation
 
 
 NEW = 16
@@ -18,7 +18,7 @@ NEW = 16
 def everywhere(monkeypatch):
     """On a GPU, widths this small have no kernel, and `generate()` has graphs, which test_decode_graph.py is about."""
     monkeypatch.setattr("kda_hf.modeling_kda.KimiDeltaAttention.steps_at_once", lambda *_: True)
-    monkeypatch.setattr(decoding, "has_graphs", lambda device: False)
+    monkeypatch.setattr(decode_graph, "has_graphs", lambda device: False)
 
 
 @pytest.fixture
@@ -217,6 +217,15 @@ def _pre_hook(model):
     model.model.layers[1].linear_attn.q_proj.register_forward_pre_hook(lambda module, args: (2 * args[0],))
 
 
+def _hook_in_attention(model):
+    model.model.layers[3].self_attn.v_proj.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def _adapter_in_attention(model):
+    attention = model.model.layers[3].self_attn
+    attention.o_proj = nn.Sequential(attention.o_proj, nn.Tanh())
+
+
 def _other_class(model):
     class Doubled(nn.Linear):
         def forward(self, x):
@@ -250,7 +259,19 @@ def _training(model):
 
 
 @pytest.mark.parametrize(
-    "change", [_hook, _pre_hook, _other_class, _own_forward, _bias, _parametrized, _sequential, _training]
+    "change",
+    [
+        _hook,
+        _pre_hook,
+        _hook_in_attention,
+        _adapter_in_attention,
+        _other_class,
+        _own_forward,
+        _bias,
+        _parametrized,
+        _sequential,
+        _training,
+    ],
 )
 def test_changed_models_are_decoded_by_their_modules(hybrid, change, counted):
     change(hybrid)

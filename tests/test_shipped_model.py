@@ -1,5 +1,6 @@
 """The trained model in the repository: it loads, predicts as its card says on every backend, and generates alike."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kda_hf import KDAForCausalLM
-from kda_hf.ops import backend_report
+from kda_hf import KDAForCausalLM, decoding, generation
+from kda_hf.ops import backend_report, has_kernel
 
 
 FOLDER = Path(__file__).parent.parent / "models" / "kda-hf-tiny"
@@ -83,6 +84,33 @@ def test_greedy_tokens_do_not_depend_on_the_way(tokenizer, device, dtype):
         outputs = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **settings)
         for output, alone in zip(outputs[:, batch["input_ids"].shape[1] :], single, strict=True):
             torch.testing.assert_close(output, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, penalty", [(torch.float32, 1.1), (torch.bfloat16, 1.0)], ids=str)
+def test_long_greedy_text_is_that_of_the_modules(tokenizer, device, dtype, penalty):
+    """2000 tokens of two rows by program, on a GPU by graphs. In bf16, of two equally good ones either may be next."""
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=dtype).to(device).eval()
+    text = tokenizer((FOLDER / "heldout.txt").read_text()[:1000], return_tensors="pt")["input_ids"]
+    ids = text[:, :64].view(2, 32).to(device)
+    # A penalty keeps the text from going round in circles; without one, a graph chooses the tokens, too.
+    settings = {"do_sample": False, "max_new_tokens": 2000, "eos_token_id": None, "repetition_penalty": penalty}
+    actual = model.generate(ids, **settings)[:, 32:]
+    if device.type == "cuda" and has_kernel("kda_decode_step", model.lm_head.weight, 128, 128, torch.float32):
+        assert len(decoding.program_of(model).graphs.idle) > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "decode_program", contextlib.nullcontext)
+        output = model.generate(ids, **settings, output_logits=True, return_dict_in_generate=True)
+    expected = output.sequences[:, 32:]
+    for row in range(2):
+        differ = (actual[row] != expected[row]).nonzero()
+        equal = int(differ[0]) if len(differ) else 2000
+        print(f"row {row}: {equal} of 2000 tokens are equal")
+        if equal < 2000:
+            # The tokens fed are the same so far. What rounding moves a logit by is up to two units in the last place.
+            assert dtype == torch.bfloat16
+            best, other = (output.logits[equal][row, tokens[row, equal]] for tokens in (expected, actual))
+            assert best - other <= 4 * torch.finfo(dtype).eps * best.abs()
 
 
 def test_speculation_is_lossless(tokenizer, model):

@@ -1,10 +1,12 @@
-"""Where the build finds what this repository does not hold: nvcc, CUTLASS and torch's headers.
+"""Where the build finds what this repository does not hold: compilers, CUTLASS and torch's headers.
 
-`python third_party/resolve.py nvcc|cutlass|torch|missing` prints it, for scripts. What is looked for is not imported.
+`python third_party/resolve.py nvcc|compiler|cutlass|torch|missing` prints it, for scripts. What is looked for is not
+imported.
 """
 
 import importlib.util
 import os
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -33,6 +35,15 @@ def nvcc() -> Path | None:
     else:
         found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     return Path(found) if found else None
+
+
+def compiler() -> list[str]:
+    """The C++ compiler for the CPU, with its first arguments: `CXX`, else the usual one on PATH."""
+    names = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]
+    for name in names:
+        if name and shutil.which(name[0]):
+            return name
+    raise NotFound(f"no C++ compiler is found: {' or '.join(' '.join(name) for name in names)}.")
 
 
 def cutlass() -> Path:
@@ -88,7 +99,8 @@ def missing() -> list[str]:
 
 if __name__ == "__main__":
     try:
-        found = {"nvcc": nvcc, "cutlass": cutlass, "torch": torch, "missing": missing}[sys.argv[1]]()
+        finders = {"nvcc": nvcc, "compiler": compiler, "cutlass": cutlass, "torch": torch, "missing": missing}
+        found = finders[sys.argv[1]]()
         print(*found if isinstance(found, list) else [found or ""])
     except NotFound as error:
         sys.exit(str(error))

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import backends, checks, chunked, cuda, fla
+from . import backends, checks, chunked, cpu, cuda, fla
 from . import library as library  # registers the operators
 from .backends import backend_report
 from .inputs import KDAInputs, fwd_inputs
@@ -395,7 +395,7 @@ def kda_decode_step(
         state_indices: [B] int32 or int64. Both states are then pools of P rows, and sequence b has row
             `state_indices[b]` of each. A negative index, or one past the end, skips the sequence: its output is zeros
             and the pools are untouched. The others must differ.
-        backend: "cuda" or "torch"; by default KDA_HF_BACKEND decides, and else the best that can serve.
+        backend: "cuda", "cpu" or "torch"; by default KDA_HF_BACKEND decides, and else the best that can serve.
 
     Returns:
         [B, 1, HV, V] in the dtype of v.
@@ -435,6 +435,10 @@ def kda_decode_step(
         out = cuda.decode_step(*arguments)
         if not isinstance(out, str):
             return out
+    if not requires_grad and backend in (None, "auto", "cpu") and cpu.serves_again(q):
+        out = cpu.decode_step(*arguments)
+        if not isinstance(out, str):
+            return out
     checks.decode_step(inputs, output_gate, conv_state, weights, norm_weight, norm_eps, state_indices)
     if requires_grad:
         raise ValueError("`kda_decode_step` updates the states in place, which has no gradients; use torch.no_grad()")
@@ -453,6 +457,12 @@ def kda_decode_step(
         out = cuda.decode_step(*arguments)
         if not isinstance(out, str):
             cuda.note_served("kda_decode_step", q)
+            return out
+        backends.select(call._replace(extension_refusal=out), backend)
+    if chosen == "cpu":
+        out = cpu.decode_step(*arguments)
+        if not isinstance(out, str):
+            cpu.note_served()
             return out
         backends.select(call._replace(extension_refusal=out), backend)
     return torch.ops.kda_hf.kda_decode_step(*arguments)

@@ -6,12 +6,12 @@ from typing import NamedTuple, TypedDict
 
 import torch
 
-from . import cuda, fla
+from . import cpu, cuda, fla
 
 
 logger = logging.getLogger("kda_hf")
 
-BACKENDS = ("cuda", "fla", "torch")  # in the order of preference
+BACKENDS = ("cuda", "cpu", "fla", "torch")  # in the order of preference
 OPERATORS = ("fwd", "chunk_kda", "recurrent_kda", "kda_decode_step", "causal_conv1d")
 VARIABLE = "KDA_HF_BACKEND"
 
@@ -38,7 +38,7 @@ class Call(NamedTuple):
     token_states: bool = False
     state_pool: bool = False
     mixed_dtypes: bool = False  # k or v differ from q, or g or β from q and float32
-    extension_refusal: str | None = None  # what the CUDA extension said of these very arguments
+    extension_refusal: str | None = None  # what an extension said of these very arguments
 
 
 class BackendStatus(TypedDict):
@@ -87,7 +87,14 @@ def refusal(backend: str, call: Call) -> str | None:
     """Why `backend` cannot serve the call, or None. The PyTorch backend serves every call."""
     if backend == "cuda":
         return _refused_by_cuda(call)
+    if backend == "cpu":
+        return cpu.refusal(call)
     return _refused_by_fla(call) if backend == "fla" else None
+
+
+def backends_of(op: str) -> tuple[str, ...]:
+    """Those that may have the operator: the CPU extension is for one of them alone, and is no news elsewhere."""
+    return tuple(name for name in BACKENDS if name != "cpu" or op in cpu.OPERATORS)
 
 
 def _from_environment() -> str:
@@ -102,7 +109,8 @@ def _binds(backend: str, call: Call) -> bool:
     altogether, and gradients are computed where they can be."""
     if backend == "fla":
         return call.op in FLA_OPERATORS
-    return backend == "torch" or (backend == "cuda" and call.op in cuda.OPERATORS and not call.requires_grad)
+    operators = {"cuda": cuda.OPERATORS, "cpu": cpu.OPERATORS}.get(backend, ())
+    return backend == "torch" or (call.op in operators and not call.requires_grad)
 
 
 def select(call: Call, backend: str | None = None) -> str:
@@ -119,7 +127,7 @@ def select(call: Call, backend: str | None = None) -> str:
     if _binds(wanted, call):
         _require(wanted, call, f"{VARIABLE}={wanted}")
         return wanted
-    for name in BACKENDS:
+    for name in backends_of(call.op):
         reason = refusal(name, call)
         if reason is None:
             _log(call.op, name, "serves the calls")
@@ -174,7 +182,7 @@ def backend_report(
     call = Call(op, torch.device(device), dtype, K, V, requires_grad, state_dtype)
     wanted = _from_environment()
     report = []
-    for name in BACKENDS:
+    for name in backends_of(op):
         reason = refusal(name, call)
         if reason is None and wanted != name and _binds(wanted, call):
             reason = f"{VARIABLE}={wanted}"
