@@ -59,6 +59,7 @@ _KNOWN = [
 _OF_KDA = re.compile(r"\.(A_log|dt_bias|o_norm\.weight|[qkv]_conv1d\.weight)$")  # what `kda_decode_step` is given
 _CALLED = re.compile(r"model\.rotary_emb|model\.layers\.\d+\.mlp\.act_fn")
 _WITH_BIAS = re.compile(r"model\.layers\.\d+\.self_attn\.[qkvo]_proj")  # where there may be one
+_SEE_ALL = ("sdpa", "eager")  # implementations of attention for which no mask means one token to all keys
 _HOMES = ("kda_hf.", "transformers.models.qwen3.", "torch.nn.modules.")
 
 
@@ -256,7 +257,8 @@ class _KDA:
 
 
 class _Attention:
-    """`KDAAttention` of one token, with a cache that grows, and by `step` with keys at fixed places."""
+    """`KDAAttention` of one token: with a cache that grows, by the module or the CPU extension, and by `step` with keys
+    at fixed places."""
 
     def __init__(self, by: rows.TorchRows, norm: rows.Norm, module: Any, users: Counter[int]):
         self.by, self.norm, self.next_norm, self.module = by, norm, norm, module
@@ -269,6 +271,12 @@ class _Attention:
         self.norms = None
         if hasattr(module.q_norm, "eps"):
             self.norms = (module.q_norm.weight, module.k_norm.weight, module.q_norm.eps)
+        self.on_cpu = None  # in two calls
+        if isinstance(by, cpu_rows.CpuRows) and self.is_plain and self.projections.joined is not None:
+            self.on_cpu = cpu_rows.Attention(
+                norm, self.projections.joined, self.output, self.heads[0], self.heads[1], self.head_dim, self.norms,
+                self.scale,
+            )  # fmt: skip
 
     def __call__(
         self,
@@ -278,28 +286,28 @@ class _Attention:
         cache: KDACache,
     ) -> torch.Tensor:
         """x `[B, hidden_size]` with what the layer adds to it."""
-        if not self.is_plain or isinstance(self.by, rows.KernelRows):
+        qkv = None if self.on_cpu is None else self.on_cpu.inputs(x)
+        if self.on_cpu is None or qkv is None:
             y, _ = self.module(self.by.norm(x, self.norm).unsqueeze(1), position_embeddings, mask, cache)
             return x + y.squeeze(1)
-        q, k, v = self._inputs(x)
-        if self.norms is not None:
-            q, k = self.by.norm(q, (self.norms[0], self.norms[2])), self.by.norm(k, (self.norms[1], self.norms[2]))
-        q, k, v = q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2)
+        q, k, v = qkv
         if position_embeddings is not None:
             q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-        o, _ = self.module.attend(q, *cache.update(k, v, self.layer_idx), mask)
-        return self.by.product(o.flatten(1), self.output, residual=x, next_norm=self.next_norm)
-
-    def _inputs(self, x: torch.Tensor) -> Any:
-        """q, k and v `[B, heads, head_dim]`, before their norm."""
-        outputs, _ = self.projections(self.by, x, self.norm)
-        return (y.view(len(x), heads, -1) for y, heads in zip(outputs, self.heads, strict=True))
+        keys, values = cache.update(k, v, self.layer_idx)
+        grows = type(cache.layers[self.layer_idx]) is DynamicLayer
+        if mask is None and grows and self.module.config._attn_implementation in _SEE_ALL:
+            y = self.on_cpu.output(x, q, keys, values)
+            if y is not None:
+                return y
+        o, _ = self.module.attend(q, keys, values, mask)
+        return self.by.product(o.flatten(1), self.output, residual=x)
 
     def step(
         self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None, buffers: DecodeBuffers
     ) -> torch.Tensor:
         """x `[B, hidden_size]` with what the layer adds to it, with its keys and values one token further."""
-        q, k, v = self._inputs(x)
+        outputs, _ = self.projections(self.by, x, self.norm)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in outputs)  # [B, heads, head_dim]
         keys, values = buffers.keys[self.layer_idx]
         o = self.by.attention_step(
             q, k, v, keys, values, buffers.length, buffers.starts, self.norms, position_embeddings, self.scale,
@@ -427,7 +435,7 @@ class DecodeProgram:
         if (
             x.device.type == "cpu"
             and (rope is None or position_ids is not None)
-            and self.decoder.config._attn_implementation in ("sdpa", "eager")
+            and self.decoder.config._attn_implementation in _SEE_ALL
             and all(type(cache.layers[mixer.layer_idx]) is DynamicLayer for mixer in self.attention_layers)
             and _has_no_padding(attention_mask, cache)
         ):

@@ -8,11 +8,15 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
+#include "attention.h"
 #include "decode_step.h"
 #include "rows.h"
 
@@ -27,7 +31,7 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr const char* kRefused = "kda_hf refuses: ";
 // What a thread gets at least: some 10 µs of work, of which waking it takes a good part.
-constexpr int64_t kStateElements = 1 << 16, kRowElements = 1 << 15;
+constexpr int64_t kStateElements = 1 << 16, kRowElements = 1 << 15, kAttentionProducts = 1 << 18;
 
 void require(bool holds, const char* reason) {
   if (!holds) throw std::runtime_error(std::string(kRefused) + reason);
@@ -124,36 +128,66 @@ void decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor out
 }
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()});
+  std::array<int64_t, 4> strides{};
+  int64_t stride = 1;
+  for (size_t dim = shape.size(); dim-- > 0; stride *= shape.begin()[dim]) strides[dim] = stride;
+  int32_t dtype = 0;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides.data(),
+                                                  dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
-// `run` over rows of x, which has two or three dimensions.
-void for_rows(void (*run)(const kda::cpu::RowsParams&, int64_t, int64_t), const Tensor& x, const Tensor& out,
-              const Tensor* weight = nullptr, double eps = 0) {
+// A part of x as a tensor of its own. The caller sees to it that there is one.
+Tensor view(const Tensor& x, std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides,
+            int64_t first) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), static_cast<int64_t>(shape.size()), shape.begin(),
+                                                        strides.begin(), first, &handle));
+  return Tensor(handle);
+}
+
+// Of [B, N] or [B, heads, N].
+kda::cpu::Rows rows_of(const Tensor& x) {
   const auto sizes = x.sizes(), strides = x.strides();
   const size_t last = sizes.size() - 1;
   require(last == 1 || last == 2, "the tensors must have two or three dimensions");
-  require(x.is_cpu() && x.scalar_type() == out.scalar_type(), "the tensors must be on the CPU, and of one dtype");
+  require(x.is_cpu(), "the tensors must be on the CPU");
   require(sizes[last] <= 1 || strides[last] == 1, "the tensors must have contiguous rows");
-  array_of(out);
+  return {const_cast<void*>(x.const_data_ptr()), strides[0], last == 2 ? strides[1] : 0};
+}
+
+void for_rows(void (*run)(const kda::cpu::RowsParams&, int64_t, int64_t), const Tensor& x, const Tensor& out,
+              const Tensor* weight = nullptr, double eps = 0) {
   kda::cpu::RowsParams params{};
-  params.x = x.const_data_ptr(), params.out = out.mutable_data_ptr(), params.dtype = dtype_of(x);
-  params.heads = last == 2 ? sizes[1] : 1, params.head_stride = last == 2 ? strides[1] : 0;
-  params.batch_stride = strides[0], params.norm_eps = static_cast<float>(eps);
-  params.N = out.sizes().back();
+  params.x = rows_of(x), params.out = rows_of(out);
+  params.N = out.sizes().back(), params.heads = out.dim() == 3 ? out.size(1) : 1;
+  require(x.scalar_type() == out.scalar_type(), "the tensors must be of one dtype");
+  params.dtype = dtype_of(x), params.norm_eps = static_cast<float>(eps);
   if (weight != nullptr) {
     require(has_shape(*weight, {params.N}), "the weight of a norm must have as many elements as a row");
     const Array array = array_of(*weight);
     params.weight = array.data, params.weight_dtype = array.dtype;
   }
-  torch::stable::parallel_for(0, sizes[0] * params.heads, std::max<int64_t>(1, kRowElements / (params.N + 1)),
+  torch::stable::parallel_for(0, out.size(0) * params.heads, std::max<int64_t>(1, kRowElements / (params.N + 1)),
                               [&](int64_t begin, int64_t end) { run(params, begin, end); });
 }
 
 Tensor rms_norm(Tensor x, Tensor weight, double eps) {
-  Tensor out = torch::stable::new_empty(x, x.sizes());
+  require(x.dim() == 2 || x.dim() == 3, "`x` must have two or three dimensions");
+  const Tensor out = x.dim() == 2 ? empty(x, {x.size(0), x.size(1)}) : empty(x, {x.size(0), x.size(1), x.size(2)});
   for_rows(kda::cpu::rms_norm, x, out, &weight, eps);
   return out;
+}
+
+// By torch. `torch::stable::matmul` would come to the same in more steps.
+Tensor product(const Tensor& x, const Tensor& weight) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+  Tensor y = torch::stable::detail::to<Tensor>(stack[0]);
+  require(y.is_contiguous() && y.scalar_type() == x.scalar_type(), "products must be like `x`");  // not so in autocast
+  return y;
 }
 
 // x + y, in the place of y.
@@ -173,19 +207,73 @@ Tensor mlp(Tensor x, Tensor norm_weight, double norm_eps, Tensor gate_and_up, Te
   const int64_t B = x.size(0), D = x.size(1), N = gate_and_up.size(1) / 2;
   require_product(gate_and_up, x, D), require_product(down, x, N);
   require(down.size(1) == D, "`down` must have shape [N, D]");
-  const Tensor y = torch::stable::matmul(rms_norm(x, norm_weight, norm_eps), gate_and_up), product = empty(x, {B, N});
-  for_rows(kda::cpu::swiglu, y, product);
-  return added(x, torch::stable::matmul(product, down));
+  const Tensor y = product(rms_norm(x, norm_weight, norm_eps), gate_and_up), hidden = empty(x, {B, N});
+  for_rows(kda::cpu::swiglu, y, hidden);
+  return added(x, product(hidden, down));
 }
 
-// Columns of y [B, P] from `first` on as [B, 1, heads, width], or as [B, 1, heads] without a width.
-Tensor heads_at(const Tensor& y, int64_t first, int64_t heads, int64_t width = 0) {
-  require(y.is_contiguous(), "products must be contiguous");
-  const int64_t stride = y.stride(0), sizes[] = {y.size(0), 1, heads, width};
-  const int64_t strides[] = {stride, stride, width > 0 ? width : 1, 1};
-  AtenTensorHandle view = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(y.get(), width > 0 ? 4 : 3, sizes, strides, first, &view));
-  return Tensor(view);
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+
+ThreeTensors attention_inputs(Tensor x, Tensor norm_weight, double norm_eps, Tensor projections, int64_t heads,
+                              int64_t key_heads, int64_t width, MaybeTensor q_norm_weight, MaybeTensor k_norm_weight,
+                              double head_norm_eps) {
+  require(x.dim() == 2, "`x` must have shape [B, D]");
+  const int64_t B = x.size(0), first_key = heads * width, first_value = first_key + key_heads * width;
+  require_product(projections, x, x.size(1));
+  require(heads > 0 && key_heads > 0 && width > 0 && projections.size(1) >= first_value + key_heads * width,
+          "`projections` must have all columns");
+  const Tensor y = product(rms_norm(x, norm_weight, norm_eps), projections);
+  const int64_t stride = y.stride(0);
+  const auto normed = [&](int64_t first, int64_t count, const MaybeTensor& weight) {
+    if (weight) {
+      const Tensor rows = view(y, {B, count, width}, {stride, width, 1}, first);
+      for_rows(kda::cpu::rms_norm, rows, rows, &*weight, head_norm_eps);
+    }
+    return view(y, {B, count, 1, width}, {stride, width, width, 1}, first);
+  };
+  return {normed(0, heads, q_norm_weight), normed(first_key, key_heads, k_norm_weight),
+          normed(first_value, key_heads, std::nullopt)};
+}
+
+Tensor attention_output(Tensor x, Tensor q, Tensor keys, Tensor values, double scale, Tensor output) {
+  require(x.dim() == 2 && q.dim() == 4 && keys.dim() == 4, "`keys` must have shape [B, KVH, length, D]");
+  kda::cpu::AttentionParams params{};
+  params.B = x.size(0), params.H = q.size(1), params.D = q.size(3), params.KVH = keys.size(1);
+  params.length = keys.size(2), params.scale = static_cast<float>(scale), params.dtype = dtype_of(x);
+  require(has_shape(q, {params.B, params.H, 1, params.D}), "`q` must have shape [B, H, 1, D]");
+  require(params.KVH > 0 && params.H % params.KVH == 0, "`q` must have a multiple of the heads of `keys`");
+  require(params.D > 0 && params.length > 0, "there must be a key");
+  for (const Tensor* kept : {&keys, &values}) {
+    require(has_shape(*kept, {params.B, params.KVH, params.length, params.D}),
+            "`keys` and `values` must have shape [B, KVH, length, D]");
+  }
+  for (const Tensor* rows : {&q, &keys, &values}) {
+    require(rows->is_cpu() && rows->scalar_type() == x.scalar_type(), "the tensors must be of one dtype");
+    require(params.D == 1 || rows->stride(3) == 1, "the tensors must have contiguous rows");
+  }
+  require_product(output, x, params.H * params.D);
+  require(output.size(1) == x.size(1), "`output` must have shape [H * D, hidden size]");
+  rows_of(x);
+
+  const Tensor o = empty(x, {params.B, params.H * params.D});
+  const int64_t spans = kda::cpu::spans_of(params.length);
+  std::vector<float> partial(params.B * params.H * spans * kda::cpu::partial_size(params.D));
+  params.q = q.const_data_ptr(), params.q_batch_stride = q.stride(0), params.q_head_stride = q.stride(1);
+  params.keys = {keys.const_data_ptr(), keys.stride(0), keys.stride(1), keys.stride(2)};
+  params.values = {values.const_data_ptr(), values.stride(0), values.stride(1), values.stride(2)};
+  params.partial = partial.data(), params.out = o.mutable_data_ptr();
+  const int64_t per_span = 2 * params.H / params.KVH * params.length * params.D / spans;
+  torch::stable::parallel_for(0, params.B * params.KVH * spans, std::max<int64_t>(1, kAttentionProducts / per_span),
+                              [&](int64_t begin, int64_t end) { kda::cpu::attend_spans(params, begin, end); });
+  torch::stable::parallel_for(0, params.B * params.H, std::max<int64_t>(1, kStateElements / (spans * params.D)),
+                              [&](int64_t begin, int64_t end) { kda::cpu::merge_spans(params, begin, end); });
+  return added(x, product(o, output));
+}
+
+// Columns of y [B, P] from `first` on as [B, 1, heads, width].
+Tensor heads_at(const Tensor& y, int64_t first, int64_t heads, int64_t width) {
+  const int64_t stride = y.stride(0);
+  return view(y, {y.size(0), 1, heads, width}, {stride, stride, width, 1}, first);
 }
 
 Tensor kda_layer(Tensor x, Tensor layer_norm_weight, double layer_norm_eps, Tensor projections, Tensor decay,
@@ -205,17 +293,16 @@ Tensor kda_layer(Tensor x, Tensor layer_norm_weight, double layer_norm_eps, Tens
   require(projections.size(1) >= first + of_decay + of_gate + HV, "`projections` must have all columns");
   require(decay.size(1) == HV * K && gate.size(1) == values && output.size(1) == D, "the weights must go together");
 
-  const Tensor y = torch::stable::matmul(rms_norm(x, layer_norm_weight, layer_norm_eps), projections);
-  Tensor columns = y;
-  const Tensor g = torch::stable::matmul(torch::stable::narrow(columns, 1, first, of_decay), decay);
-  const Tensor output_gate = torch::stable::matmul(torch::stable::narrow(columns, 1, first + of_decay, of_gate), gate);
-  const Tensor out = empty(x, {B, values});
-  require(y.scalar_type() == x.scalar_type(), "products must have the dtype of `x`");  // not so within autocast
-  decode_step(heads_at(y, 0, H, K), heads_at(y, keys, H, K), heads_at(y, 2 * keys, HV, V), heads_at(g, 0, HV, K),
-              heads_at(y, first + of_decay + of_gate, HV), heads_at(output_gate, 0, HV, V), scale,
-              heads_at(out, 0, HV, V), A_log, dt_bias, lower_bound, recurrent_state, conv_state, q_conv_weight,
-              k_conv_weight, v_conv_weight, norm_weight, norm_eps, std::nullopt, allow_neg_eigval, false);
-  return added(x, torch::stable::matmul(out, output));
+  const Tensor y = product(rms_norm(x, layer_norm_weight, layer_norm_eps), projections);
+  const int64_t stride = y.stride(0), first_gate = first + of_decay, first_beta = first_gate + of_gate;
+  const Tensor g = product(view(y, {B, of_decay}, {stride, 1}, first), decay);
+  const Tensor output_gate = product(view(y, {B, of_gate}, {stride, 1}, first_gate), gate);
+  const Tensor beta = view(y, {B, 1, HV}, {stride, stride, 1}, first_beta), out = empty(x, {B, values});
+  decode_step(heads_at(y, 0, H, K), heads_at(y, keys, H, K), heads_at(y, 2 * keys, HV, V), heads_at(g, 0, HV, K), beta,
+              heads_at(output_gate, 0, HV, V), scale, heads_at(out, 0, HV, V), A_log, dt_bias, lower_bound,
+              recurrent_state, conv_state, q_conv_weight, k_conv_weight, v_conv_weight, norm_weight, norm_eps,
+              std::nullopt, allow_neg_eigval, false);
+  return added(x, product(out, output));
 }
 
 }  // namespace
@@ -232,6 +319,13 @@ STABLE_TORCH_LIBRARY(kda_hf_cpu, m) {
       "Tensor gate, Tensor output, float scale, Tensor? A_log, Tensor? dt_bias, float? lower_bound, "
       "Tensor(a!) recurrent_state, Tensor(b!) conv_state, Tensor q_conv_weight, Tensor k_conv_weight, "
       "Tensor v_conv_weight, Tensor norm_weight, float norm_eps, bool allow_neg_eigval) -> Tensor");
+  // q, k and v [B, heads, 1, width] of norm(x), q and k with norms of their own.
+  m.def(
+      "attention_inputs(Tensor x, Tensor norm_weight, float norm_eps, Tensor projections, int heads, int key_heads, "
+      "int width, Tensor? q_norm_weight, Tensor? k_norm_weight, float head_norm_eps) -> (Tensor q, Tensor k, Tensor "
+      "v)");
+  // x + what attention of q [B, H, 1, D] to keys and values [B, KVH, length, D] comes to.
+  m.def("attention_output(Tensor x, Tensor q, Tensor keys, Tensor values, float scale, Tensor output) -> Tensor");
   m.def("mlp(Tensor x, Tensor norm_weight, float norm_eps, Tensor gate_and_up, Tensor down) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
 }
@@ -239,6 +333,8 @@ STABLE_TORCH_LIBRARY(kda_hf_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(kda_hf_cpu, CPU, m) {
   m.impl("decode_step", TORCH_BOX(&decode_step));
   m.impl("kda_layer", TORCH_BOX(&kda_layer));
+  m.impl("attention_inputs", TORCH_BOX(&attention_inputs));
+  m.impl("attention_output", TORCH_BOX(&attention_output));
   m.impl("mlp", TORCH_BOX(&mlp));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
 }

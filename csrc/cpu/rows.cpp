@@ -38,11 +38,16 @@ struct Add {
   }
 };
 
+template <class T>
+KDA_INLINE T* at(const Rows& rows, int64_t batch, int64_t head) {
+  return static_cast<T*>(rows.data) + batch * rows.batch_stride + head * rows.head_stride;
+}
+
 template <class Function, class T>
 KDA_INLINE void rows_of(const RowsParams& p, int64_t begin, int64_t end) {
   for (int64_t m = begin; m < end; ++m) {
-    const T* x = static_cast<const T*>(p.x) + m / p.heads * p.batch_stride + m % p.heads * p.head_stride;
-    Function::run(p, x, static_cast<T*>(p.out) + m * p.N);
+    const int64_t batch = m / p.heads, head = m % p.heads;
+    Function::run(p, at<const T>(p.x, batch, head), at<T>(p.out, batch, head));
   }
 }
 

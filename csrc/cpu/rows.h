@@ -7,18 +7,22 @@
 
 namespace kda::cpu {
 
-// Rows of N elements, which are contiguous; row m is at m / heads * batch_stride + m % heads * head_stride, in elements.
+// Rows of contiguous elements; row m is at m / heads * batch_stride + m % heads * head_stride.
+struct Rows {
+  void* data;
+  int64_t batch_stride, head_stride;  // in elements
+};
+
 struct RowsParams {
-  const void* x;  // of 2 N elements for swiglu
-  int64_t heads, batch_stride, head_stride;
+  Rows x;              // of 2 N elements for swiglu; never written
+  Rows out;            // of N elements
   const void* weight;  // [N], of rms_norm alone
-  void* out;           // one row after the other
-  int64_t N;
+  int64_t N, heads;
   DType dtype, weight_dtype;
   float norm_eps;
 };
 
-// Rows begin to end of x / sqrt(mean(x²) + eps) ∘ weight.
+// Rows begin to end of x / sqrt(mean(x²) + eps) ∘ weight. May be in the place of x.
 void rms_norm(const RowsParams& params, int64_t begin, int64_t end);
 
 // Of silu(first half), rounded to its dtype, times the second half.

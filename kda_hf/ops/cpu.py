@@ -43,7 +43,8 @@ def status() -> str:
 if _unavailable is None:
     _library = torch.library.Library("kda_hf_cpu", "IMPL")
     _operators = {
-        name: getattr(torch.ops.kda_hf_cpu, name).default for name in ("decode_step", "kda_layer", "mlp", "rms_norm")
+        name: getattr(torch.ops.kda_hf_cpu, name).default
+        for name in ("decode_step", "kda_layer", "attention_inputs", "attention_output", "mlp", "rms_norm")
     }
     for _name in _operators:
         # They have no gradient, and calls that want one go elsewhere: autograd has nothing to do here.
@@ -109,6 +110,16 @@ def decode_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any)
 def kda_layer(*args: Any) -> torch.Tensor | str:
     """x `[B, D]` of one token a row plus a KDA layer of its norm, or why it was refused. Weights are `[in, out]`."""
     return _call("kda_layer", *args)
+
+
+def attention_inputs(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | str:
+    """q, k and v `[B, heads, 1, head_dim]` of the norm of x `[B, D]`, of one token a row, or why it was refused."""
+    return _call("attention_inputs", *args)
+
+
+def attention_output(*args: Any) -> torch.Tensor | str:
+    """x `[B, D]` plus what attention of q to all keys and values comes to, or why it was refused."""
+    return _call("attention_output", *args)
 
 
 def mlp(*args: Any) -> torch.Tensor | str:

@@ -1,4 +1,4 @@
-"""The layers of a decode step on a CPU, by the CPU extension: one call each, in which the products are torch's.
+"""The layers of a decode step on a CPU, by the CPU extension: few calls each, in which the products are torch's.
 
 Without the extension, in what it refuses, and where autocast or a compiler would change what is called, layers are what
 :mod:`.rows` has them consist of.
@@ -51,6 +51,45 @@ class KDALayer:
         if _is_watched():
             return None
         y = cpu.kda_layer(x, *self.before, recurrent_state, conv_state, *self.after)
+        return None if isinstance(y, str) else y
+
+
+class Attention:
+    """A softmax attention layer of the norm of x `[B, D]`, of one token a row, before and after RoPE and the cache.
+
+    Args:
+        projections: weights `[P, D]` of q, k and v, one below the other.
+        output: `[D, H * head_dim]`.
+        heads, key_heads: how many of queries, and of keys and values.
+        norms: weights `[head_dim]` for q and k, and an epsilon, or None.
+    """
+
+    def __init__(
+        self,
+        norm: rows.Norm,
+        projections: torch.Tensor,
+        output: torch.Tensor,
+        heads: int,
+        key_heads: int,
+        head_dim: int,
+        norms: tuple[torch.Tensor, torch.Tensor, float] | None,
+        scale: float,
+    ):
+        weight, self.weight = _transposed(projections, output)
+        self.arguments = (*norm, weight, heads, key_heads, head_dim, *(norms or (None, None, 0.0)))
+        self.scale = scale
+
+    def inputs(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """q, k and v `[B, heads, 1, head_dim]`; None where the extension does not serve this."""
+        if _is_watched():
+            return None
+        qkv = cpu.attention_inputs(x, *self.arguments)
+        return None if isinstance(qkv, str) else qkv
+
+    def output(self, x: torch.Tensor, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor | None:
+        """x plus what the layer adds to it, with keys and values `[B, KVH, length, head_dim]` that q sees all of; None
+        where the extension does not serve this."""
+        y = cpu.attention_output(x, q, keys, values, self.scale, self.weight)
         return None if isinstance(y, str) else y
 
 
