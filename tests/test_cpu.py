@@ -27,8 +27,9 @@ needs_extension = pytest.mark.skipif(cpu._unavailable is not None, reason=cpu.st
 STATES = ("conv_state", "recurrent_state")
 PER_TOKEN = ("q", "k", "v", "g", "beta", "output_gate")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Relative L2 from PyTorch's step, which rounds at the same places: a few numbers fall to the other side.
-BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 5e-4}
+# Relative L2 from PyTorch's step, which rounds at the same places. Numbers of 16 bits may fall to the other side; where
+# all of them do, they come to these bounds.
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 EXACT_BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # from float64
 GATES = {
     "mild": {"lower_bound": -5.0, "A_log": -2.0, "g": -3.0},
@@ -105,7 +106,9 @@ def test_step(relative_error, dtype, state, v_first, gate):
 @pytest.mark.parametrize("heads", [(1, 1), (2, 6), (3, 3), (1, 4)])
 def test_odd_sizes(relative_error, heads, sizes, v_first):
     shape = {"H": heads[0], "HV": heads[1], "K": sizes[0], "V": sizes[1], "v_first": v_first}
-    slack = 1 if min(sizes) > 10 else 10  # where a few numbers have a norm, differences of like ones have a part in it
+    # One number of a hundred that rounds to the other side is half a percent of the norm; of a few numbers, differences
+    # of like ones have a part in it, too.
+    slack = 2 if min(sizes) > 10 else 10
     check(relative_error, arguments(B=3, **shape), slack)
     check(relative_error, arguments(torch.bfloat16, torch.bfloat16, B=3, **shape), slack)
 
@@ -290,7 +293,8 @@ def test_step_without_avx2():
     command = [sys.executable, "-P", "-m", "pytest", "-q", "--import-mode=importlib", __file__, "-k", only]
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent)
-    assert result.returncode == 0, result.stdout
+    if result.returncode != 0:
+        pytest.fail(result.stdout, pytrace=False)
 
 
 # ----------------------------------------------------------------------------------------------- who gets the extension
@@ -464,7 +468,9 @@ def test_attention_to_what_is_not_finite(value):
         q, keys, values = (y.repeat_interleave(4 // y.shape[1], 1) for y in names.values())
         o = torch.softmax(0.3 * (q @ keys.mT), -1) @ values
         wanted = x + o.flatten(1) @ weight
-        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4, equal_nan=True, msg=name)
+        # Beside the largest number of its row: huge terms may cancel out.
+        size = wanted.nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True).clamp_min(1)
+        torch.testing.assert_close(actual / size, wanted / size, rtol=1e-4, atol=1e-4, equal_nan=True, msg=name)
     keys.fill_(-math.inf)
     q.fill_(1)
     assert cpu.attention_output(x, q, keys, values, 0.3, weight).isnan().all()
