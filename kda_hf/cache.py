@@ -19,7 +19,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer, StaticCache, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    LinearAttentionLayer,
+    StaticCache,
+    StaticIndexedLayer,
+    StaticLayer,
+)
 from transformers.utils import is_torchdynamo_compiling
 
 
@@ -38,6 +47,10 @@ SHAPE_FIELDS = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "index_head_dim",
+    "indexer_types",
 )
 
 FILE_FORMAT = "kda_hf.KDACache"
@@ -550,6 +563,34 @@ class KDAStaticLayer(_BatchInPlace, StaticLayer):
             self.batch_size = self.keys.shape[0]
 
 
+class KDAStaticIndexedLayer(KDAStaticLayer, StaticIndexedLayer):
+    """transformers' `StaticIndexedLayer`, with the keys of a sparse attention's indexer, and all of the above."""
+
+    indexer_keys: Any
+    indexer_cumulative_length: Any
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens; the storage stays."""
+        super().crop(tokens_to_remove)
+        if self.is_indexer_initialized:
+            length = max(int(self.indexer_cumulative_length) - _num_tokens_to_remove(tokens_to_remove), 0)
+            self.indexer_keys[:, length:].zero_()
+            self.indexer_cumulative_length.fill_(length)
+
+    def _map_batch(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super()._map_batch(select)
+        if self.is_indexer_initialized:
+            self.indexer_keys = self._replace(self.indexer_keys, select(self.indexer_keys))
+
+
+# By the type of a layer: without and with `max_cache_len`.
+ATTENTION_LAYERS = {
+    "full_attention": (DynamicLayer, KDAStaticLayer),
+    "indexed_attention": (DynamicIndexedLayer, KDAStaticIndexedLayer),
+    "deepseek_sparse_attention": (DynamicIndexedLayer, KDAStaticIndexedLayer),  # its name in older versions
+}
+
+
 class KDACacheSnapshot:
     """What `KDACache.snapshot` returns and `KDACache.restore` takes: a copy of all states. Opaque to callers."""
 
@@ -565,7 +606,8 @@ class KDACache(Cache):
     and `save` itself to a file. Recurrent states are detached: no gradient flows through them.
 
     Args:
-        config: configuration of the model; its `layer_types` are `"linear_attention"` and `"full_attention"`.
+        config: configuration of the model; its `layer_types` are `"linear_attention"`, `"full_attention"` and
+            `"indexed_attention"`, which other models have.
         max_cache_len: number of tokens that attention layers have room for. If given, all shapes and addresses are
             static and `generate` may compile the forward, whose tokens cannot be cropped. Without it they grow.
         state_dtype: dtype of the recurrent states. `torch.bfloat16` halves their memory and rounds them after every
@@ -603,17 +645,17 @@ class KDACache(Cache):
         for idx, layer_type in enumerate(config.layer_types):
             if layer_type == "linear_attention":
                 layers.append(KDACacheLayer(max_cache_len, state_dtype, max_rollback))
-            elif layer_type == "full_attention":
-                layers.append(DynamicLayer() if max_cache_len is None else KDAStaticLayer(max_cache_len))
+            elif layer_type in ATTENTION_LAYERS:
+                dynamic, static = ATTENTION_LAYERS[layer_type]
+                layers.append(dynamic() if max_cache_len is None else static(max_cache_len))
             else:
-                raise ValueError(
-                    f"`config.layer_types[{idx}]` must be 'linear_attention' or 'full_attention', got {layer_type!r}."
-                )
+                known = ", ".join(map(repr, ["linear_attention", *ATTENTION_LAYERS]))
+                raise ValueError(f"`config.layer_types[{idx}]` must be one of {known}; got {layer_type!r}.")
         Cache.__init__(self, layers=layers, offloading=offloading)
         self._max_cache_len = max_cache_len
         self.state_dtype = state_dtype
         self._shape_fields = _shape_fields(config)
-        self._has_attention = "full_attention" in config.layer_types
+        self._has_attention = any(layer_type in ATTENTION_LAYERS for layer_type in config.layer_types)
 
     def __repr__(self):
         num_kda_layers = sum(isinstance(layer, KDACacheLayer) for layer in self.layers)
@@ -827,6 +869,8 @@ class KDACache(Cache):
             elif (length := int(layer.get_seq_length())) > 0:
                 tensors[f"layers.{idx}.keys"] = layer.keys[:, :, :length]
                 tensors[f"layers.{idx}.values"] = layer.values[:, :, :length]
+                if getattr(layer, "is_indexer_initialized", False):
+                    tensors[f"layers.{idx}.indexer_keys"] = layer.indexer_keys[:, :length]
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         header = json.dumps(
             {
@@ -888,6 +932,8 @@ class KDACache(Cache):
                 layer.advance(seq_length)
             elif f"layers.{idx}.keys" in tensors:
                 layer.update(tensors[f"layers.{idx}.keys"], tensors[f"layers.{idx}.values"])
+                if f"layers.{idx}.indexer_keys" in tensors:
+                    layer.update_indexer(tensors[f"layers.{idx}.indexer_keys"])
         return cache
 
 
@@ -905,6 +951,9 @@ def _reset_layer(layer: KDACacheLayer | DynamicLayer | KDAStaticLayer) -> None:
         # Older versions of transformers zero the keys and values here, but keep their length.
         layer.keys = layer.values = None
         layer.is_initialized = False
+    if isinstance(layer, DynamicIndexedLayer):
+        layer.indexer_keys = None
+        layer.is_indexer_initialized = False
 
 
 def _num_tokens_to_remove(tokens_to_remove: int) -> int:

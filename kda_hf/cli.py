@@ -1,4 +1,4 @@
-"""The command `kda-hf`: generate, chat, info."""
+"""The command `kda-hf`: generate, chat, convert, info."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
 import kda_hf
+from kda_hf.convert import convert_checkpoint
 
 
 class TimedStreamer(TextStreamer):
@@ -152,6 +153,14 @@ def _turn(tokenizer, text: str, first: bool) -> list[int]:
     return tokenizer(text if first else "\n" + text, add_special_tokens=first)["input_ids"]
 
 
+def convert(args):
+    """A checkpoint of flash-linear-attention (`model_type: kda`) to one of kda_hf, or back, without a loss."""
+    target = convert_checkpoint(
+        args.source, args.target, args.to, max_shard_size=args.max_shard_size, overwrite=args.overwrite
+    )
+    print(f"[written: {target}]")
+
+
 def info(args):
     """Versions, device, and which backend a call would get."""
     print(f"kda_hf {kda_hf.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
@@ -186,6 +195,14 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("chat", parents=[model], help="a conversation", description=chat.__doc__)
     command.add_argument("--session", help="file that keeps the conversation's state between runs")
     command.set_defaults(run=chat)
+
+    command = commands.add_parser("convert", help="from FLA's checkpoints, or back", description=convert.__doc__)
+    command.add_argument("source", help="directory or hub name of a checkpoint")
+    command.add_argument("target", help="directory for the other one")
+    command.add_argument("--to", choices=["fla", "kda_hf"], help="its format (default: the one that SOURCE is not)")
+    command.add_argument("--max-shard-size", default="5GB", help="size of a file of weights (default: 5GB)")
+    command.add_argument("--overwrite", action="store_true", help="replace TARGET where it is not empty")
+    command.set_defaults(run=convert)
 
     command = commands.add_parser("info", help="versions, device, backends", description=info.__doc__)
     command.set_defaults(run=info)

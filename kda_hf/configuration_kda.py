@@ -31,6 +31,10 @@ class KDAConfig(PreTrainedConfig):
         linear_lower_bound (`float`, *optional*, defaults to -5.0): lower bound of the log-decay per token (the safe
             gate of Kimi K3 and GLM-5.3-Flash), in [-5, 0]. `None` selects the unbounded softplus gate of
             Kimi-Linear-48B.
+        linear_decay_low_rank_dim (`int`, *optional*): width between the two projections of the forget gate. Default:
+            `linear_head_dim`, as in Kimi Linear; flash-linear-attention has `linear_value_head_dim` there.
+        linear_output_gate_bias (`bool`, defaults to `False`): bias in the second projection of the output gate, as
+            flash-linear-attention's layers have it.
         allow_neg_eigval (`bool`, defaults to `False`): doubles β, so that the state's transition may have negative
             eigenvalues.
         num_attention_heads (`int`, defaults to 16): query heads of an attention layer.
@@ -104,6 +108,8 @@ class KDAConfig(PreTrainedConfig):
     linear_value_head_dim: int | None = None
     linear_conv_kernel_dim: int = 4
     linear_lower_bound: float | int | None = -5.0
+    linear_decay_low_rank_dim: int | None = None
+    linear_output_gate_bias: bool = False
     allow_neg_eigval: bool = False
     num_attention_heads: int = 16
     num_key_value_heads: int | None = None
@@ -132,6 +138,8 @@ class KDAConfig(PreTrainedConfig):
             self.linear_num_value_heads = self.linear_num_heads
         if self.linear_value_head_dim is None:
             self.linear_value_head_dim = self.linear_head_dim
+        if self.linear_decay_low_rank_dim is None:
+            self.linear_decay_low_rank_dim = self.linear_head_dim
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
@@ -163,6 +171,7 @@ class KDAConfig(PreTrainedConfig):
             "linear_head_dim",
             "linear_value_head_dim",
             "linear_conv_kernel_dim",
+            "linear_decay_low_rank_dim",
             "num_attention_heads",
             "num_key_value_heads",
             "head_dim",

@@ -9,7 +9,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -17,11 +17,63 @@ from transformers.cache_utils import DynamicLayer
 from .cache import KDACache
 
 
-if TYPE_CHECKING:  # a program has graphs, which know it by its steps
-    from .decoding import DecodeProgram
-
-
 logger = logging.getLogger("kda_hf")
+
+
+class Program:
+    """One token a row through a model, after others: what `generate()` calls, and what a graph can be captured of.
+
+    A program serves a model as long as `signature`, which its maker keeps, stays the same.
+    """
+
+    signature: Any = None
+    embedding: torch.Tensor  # [vocab_size, hidden_size]
+    kda_layers: list[Any]  # with `layer_idx` and `replay`
+    attention_layers: list[Any]  # with `layer_idx`
+    graphs: "DecodeGraphs"
+    choices: "Idle"  # graphs that choose tokens
+    may_not_capture = False  # whether `step` may do what no graph can
+
+    @staticmethod
+    def refusal(model: Any) -> str | None:
+        """Why there is no program for `model`, or None."""
+        raise NotImplementedError
+
+    @staticmethod
+    def signature_of(model: Any) -> Any:
+        """What a program is made for."""
+        raise NotImplementedError
+
+    @property
+    def model(self) -> Any:
+        """The model, while there is one."""
+        raise NotImplementedError
+
+    def takes(self, input_ids: torch.Tensor | None, cache: Any) -> bool:
+        """Whether this is one token a row, after others."""
+        raise NotImplementedError
+
+    def __call__(
+        self, input_ids: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None, cache: KDACache
+    ) -> torch.Tensor | None:
+        """Logits `[B, 1, vocab_size]`, with the cache a token further; None, with nothing done, where modules shall."""
+        raise NotImplementedError
+
+    def step(self, buffers: "DecodeBuffers", recorded: dict[int, Any] | None = None) -> torch.Tensor:
+        """Logits `[B, vocab_size]`, with all that is in `buffers` a token further: what a graph can capture.
+
+        Args:
+            recorded: gets what each KDA layer's history has of the token: inputs of the convolution, gate, and β.
+        """
+        raise NotImplementedError
+
+    def graph_refusal(self) -> str | None:
+        """Why no graph can capture a step, or None."""
+        raise NotImplementedError
+
+    def workspace(self, attention: Any, batch: int, capacity: int) -> torch.Tensor | None:
+        """What `step` of an attention layer needs beside keys and values of `capacity` tokens."""
+        return None
 
 
 class DecodeBuffers:
@@ -32,7 +84,7 @@ class DecodeBuffers:
         capacity: number of tokens that there is room for keys of.
     """
 
-    def __init__(self, program: "DecodeProgram", cache: KDACache, capacity: int):
+    def __init__(self, program: Program, cache: KDACache, capacity: int):
         batch, self.capacity = cache.batch_size, capacity
         like = program.embedding
         with torch.inference_mode(False):
@@ -48,9 +100,11 @@ class DecodeBuffers:
             self.workspace = None
             for attention in program.attention_layers:
                 layer: Any = cache.layers[attention.layer_idx]
-                shape = (batch, layer.keys.shape[1], capacity, layer.keys.shape[3])
-                self.keys[attention.layer_idx] = (layer.keys.new_zeros(shape), layer.values.new_zeros(shape))
-                self.workspace = program.by.attention_workspace(like, batch, *attention.heads[:2], *shape[2:])
+                keys, values = (
+                    x.new_zeros(batch, x.shape[1], capacity, x.shape[3]) for x in (layer.keys, layer.values)
+                )
+                self.keys[attention.layer_idx] = (keys, values)
+                self.workspace = program.workspace(attention, batch, capacity)
 
     @property
     def nbytes(self) -> int:
@@ -164,7 +218,7 @@ class Idle:
 class DecodeGraph:
     """A program's step with buffers of its own, as a CUDA graph."""
 
-    def __init__(self, program: "DecodeProgram", cache: KDACache, capacity: int, records: bool):
+    def __init__(self, program: Program, cache: KDACache, capacity: int, records: bool):
         self.buffers = DecodeBuffers(program, cache, capacity)
         self.records = records
         self.recorded: dict[int, Any] | None = {} if records else None
@@ -178,23 +232,21 @@ class DecodeGraph:
 class DecodeGraphs:
     """The graphs of a program."""
 
-    def __init__(self, program: "DecodeProgram"):
+    def __init__(self, program: Program):
         self._program = weakref.ref(program)
         self.idle = Idle(most=8)
+        self.failure: str | None = None  # why a step could not be captured
 
     def refusal(self, cache: KDACache) -> str | None:
         """Why there is no graph for decoding with `cache`, or None."""
         program: Any = self._program()
         if not has_graphs(program.embedding.device):
             return "the model is not on a GPU"
-        if not all(attention.is_plain for attention in program.attention_layers):
-            return "attention layers have biases"
+        if self.failure is not None:
+            return self.failure
         if any(type(cache.layers[mixer.layer_idx]) is not DynamicLayer for mixer in program.attention_layers):
             return "the cache's attention layers are of another kind"
-        rope = program.decoder.rotary_emb
-        if rope is not None and rope.rope_type not in ("default", "linear", "llama3", "yarn"):
-            return f"RoPE of type {rope.rope_type} changes with the length"
-        return None
+        return program.graph_refusal()
 
     def take(self, cache: KDACache, capacity: int, records: bool) -> DecodeGraph:
         """A graph for nobody else, whose buffers are to be loaded.
@@ -213,10 +265,23 @@ class DecodeGraphs:
         self.idle.give_back(key, graph, program.embedding.device)
 
     @staticmethod
-    def _key(program: "DecodeProgram", cache: KDACache, capacity: int, records: bool) -> Any:
+    def _key(program: Program, cache: KDACache, capacity: int, records: bool) -> Any:
         # What a step depends on besides the program.
         shapes = [(state.shape, state.dtype) for state in _states(cache, program.kda_layers[0].layer_idx)]
         return cache.batch_size, capacity, records, shapes
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of `module` does more than its forward. Output capturing of transformers does so when asked."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing") for hook in hooks)
+
+
+def rope_refusal(rope: Any) -> str | None:
+    """Why a captured step can't have these rotary embeddings, or None."""
+    if rope is not None and rope.rope_type not in ("default", "linear", "llama3", "yarn"):
+        return f"RoPE of type {rope.rope_type} changes with the length"
+    return None
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -235,7 +300,7 @@ class _Log:
     `KDACacheLayer.record` takes.
     """
 
-    def __init__(self, program: "DecodeProgram", rollback: int):
+    def __init__(self, program: Program, rollback: int):
         self.layers, self.rollback = program.kda_layers, rollback
         self.count = 0
         self.marks: list[dict[int, Any]] = []  # states at the last two multiples of `rollback`
@@ -293,7 +358,7 @@ class GraphStepper:
 
     def __init__(
         self,
-        program: "DecodeProgram",
+        program: Program,
         cache: KDACache,
         keeps_cache: bool,
         starts: torch.Tensor | None = None,
@@ -346,7 +411,7 @@ class GraphStepper:
 
 
 def graph_stepper(
-    program: "DecodeProgram",
+    program: Program,
     cache: KDACache,
     keeps_cache: bool,
     attention_mask: torch.Tensor | None,
@@ -374,4 +439,10 @@ def graph_stepper(
         logger.debug("decoding without a CUDA graph: %s", error)
         program.graphs.idle.clear()
         torch.cuda.empty_cache()
+        return None
+    except RuntimeError as error:
+        if not program.may_not_capture:
+            raise
+        program.graphs.failure = f"a step can't be captured: {error}"
+        logger.warning("decoding without a CUDA graph: %s", program.graphs.failure)
         return None

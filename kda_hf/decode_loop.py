@@ -24,8 +24,8 @@ from transformers.generation import (
 )
 
 from .cache import KDACache
-from .decode_graph import Idle, capture, graph_stepper, has_graphs
-from .decoding import DecodeProgram, current_program
+from .decode_graph import Idle, Program, capture, graph_stepper, has_graphs
+from .decoding import current_program
 
 
 # Arguments of a forward, beside the cache, that a step knows what to do with. A tokenizer, as calls with stop strings
@@ -50,7 +50,7 @@ class EagerStepper:
         kwargs: what the prefill was called with. Mask and positions grow from there.
     """
 
-    def __init__(self, model: Any, program: DecodeProgram | None, cache: KDACache, kwargs: dict[str, Any]):
+    def __init__(self, model: Any, program: Program | None, cache: KDACache, kwargs: dict[str, Any]):
         self.model, self.program, self.cache, self.kwargs = model, program, cache, dict(kwargs)
         positions = kwargs.get("position_ids")
         self.positions = None if positions is None else positions[..., -1:]
@@ -76,7 +76,7 @@ class EagerStepper:
 
 def make_stepper(
     model: Any,
-    program: DecodeProgram,
+    program: Program,
     cache: KDACache,
     keeps_cache: bool,
     kwargs: dict[str, Any],
@@ -185,7 +185,7 @@ class ChoiceGraph:
 
 def serving_program(
     model: Any, cache_name: str, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any]
-) -> DecodeProgram | None:
+) -> Program | None:
     """The program of `model`, if `decode` may serve this call of `_sample`. Decided before the prefill.
 
     Args:

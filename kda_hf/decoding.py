@@ -27,15 +27,15 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from .cache import KDACache
-from .decode_graph import DecodeBuffers, DecodeGraphs, Idle
+from .decode_graph import DecodeBuffers, DecodeGraphs, Idle, Program, has_hooks, rope_refusal
 from .ops import cpu, cpu_rows, kda_decode_step, recurrent, rows
 
 
 logger = logging.getLogger("kda_hf")
 
-_active: contextvars.ContextVar["DecodeProgram | None"] = contextvars.ContextVar("kda_hf_decode_program", default=None)
+_active: contextvars.ContextVar["Program | None"] = contextvars.ContextVar("kda_hf_decode_program", default=None)
 _building = threading.Lock()
-_programs: weakref.WeakKeyDictionary[nn.Module, "DecodeProgram"] = weakref.WeakKeyDictionary()
+_programs: weakref.WeakKeyDictionary[nn.Module, Program] = weakref.WeakKeyDictionary()
 # What a program stands for: names of modules, and the classes that it knows.
 _KNOWN = [
     (re.compile(pattern.replace("LAYER", r"model\.layers\.\d+")), name)
@@ -58,15 +58,15 @@ _KNOWN = [
 ]
 _OF_KDA = re.compile(r"\.(A_log|dt_bias|o_norm\.weight|[qkv]_conv1d\.weight)$")  # what `kda_decode_step` is given
 _CALLED = re.compile(r"model\.rotary_emb|model\.layers\.\d+\.mlp\.act_fn")
-_WITH_BIAS = re.compile(r"model\.layers\.\d+\.self_attn\.[qkvo]_proj")  # where there may be one
+_WITH_BIAS = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|linear_attn\.g_b_proj)")  # where there may be one
 _SEE_ALL = ("sdpa", "eager")  # implementations of attention for which no mask means one token to all keys
 _HOMES = ("kda_hf.", "transformers.models.qwen3.", "torch.nn.modules.")
 
 
 @contextlib.contextmanager
-def decode_program(model: nn.Module) -> Iterator[None]:
+def decode_program(model: Any) -> Iterator[None]:
     """Within, forwards of `model` with one token a row go through a program, where it has one."""
-    reason = refusal(model)
+    reason = model.decode_program_class.refusal(model)
     if reason is not None:
         logger.debug("decoding by modules: %s", reason)
     token = _active.set(None if reason else program_of(model))
@@ -76,31 +76,35 @@ def decode_program(model: nn.Module) -> Iterator[None]:
         _active.reset(token)
 
 
-def program_of(model: nn.Module) -> "DecodeProgram":
+def program_of(model: Any) -> Program:
     """The one from before, with its graphs, as long as the parameters are the same."""
+    kind = model.decode_program_class
     with _building:
-        program = _programs.get(model)
-        if program is None or program.signature != _signature(model):
-            program = _programs[model] = DecodeProgram(model)
+        program, signature = _programs.get(model), (_environment(), kind.signature_of(model))
+        if program is None or type(program) is not kind or program.signature != signature:
+            program = _programs[model] = kind(model)
+            program.signature = (_environment(), kind.signature_of(model))  # making it moves parameters
         return program
 
 
-def _signature(model: nn.Module) -> Any:
-    """What a program was made for: parameters where they are, and what the environment says of backends."""
-    return _environment(), [(id(p), p.data_ptr()) for p in model.parameters()]
+def forget(model: nn.Module) -> None:
+    """Drops the program of `model`, with its graphs."""
+    with _building:
+        _programs.pop(model, None)
 
 
 def _environment() -> tuple[str | None, ...]:
+    """What the environment says of backends."""
     return tuple(os.environ.get(name) for name in ("KDA_HF_BACKEND", "FLA_FLASH_KDA"))
 
 
-def current_program(model: nn.Module) -> "DecodeProgram | None":
+def current_program(model: nn.Module) -> Program | None:
     """The program of `model` while it generates."""
     program = _active.get()
     return program if program is not None and program.model is model else None
 
 
-def active_program(model: nn.Module, input_ids: torch.Tensor | None, cache: Any) -> "DecodeProgram | None":
+def active_program(model: nn.Module, input_ids: torch.Tensor | None, cache: Any) -> Program | None:
     """The program that serves this forward of `model`."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
@@ -124,9 +128,7 @@ def refusal(model: Any) -> str | None:
         known = next((names for pattern, names in _KNOWN if pattern.fullmatch(name)), "").split("|")
         if kind.__name__ not in known or not kind.__module__.startswith(_HOMES) or "forward" in vars(module):
             return f"`{name}` is a {kind.__qualname__} of another kind"
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        # Those of transformers' output capturing do nothing unless asked for.
-        if any(not getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing") for hook in hooks):
+        if has_hooks(module):
             return f"`{name}` has hooks"
         has_bias = getattr(module, "bias", None) is not None and not _WITH_BIAS.fullmatch(name)
         if has_bias or getattr(module, "max_norm", None) is not None:
@@ -205,6 +207,7 @@ class _KDA:
             [module.q_proj, module.k_proj, module.v_proj, module.f_a_proj, module.g_a_proj, module.b_proj], users
         )
         self.decay, self.gate, self.output = module.f_b_proj.weight, module.g_b_proj.weight, module.o_proj.weight
+        self.gate_bias = module.g_b_proj.bias
         # Second layers of decay and output gate, as two groups of one product, where they are alike.
         self.pair = None
         if self.decay.shape == self.gate.shape and len(self.decay) % rows.GROUP_ROWS == 0:
@@ -213,7 +216,7 @@ class _KDA:
         self.parameters, self.replay = module.step_parameters(), module.replay
         self.scale, self.has_extension = self.head_dim**-0.5, cpu.is_wanted()
         self.at_once = None  # all of it in one call
-        if isinstance(by, cpu_rows.CpuRows) and self.projections.joined is not None:
+        if isinstance(by, cpu_rows.CpuRows) and self.projections.joined is not None and self.gate_bias is None:
             weights = (self.projections.joined, self.decay, self.gate, self.output)
             self.at_once = cpu_rows.KDALayer(norm, *weights, self.scale, self.parameters)
 
@@ -237,6 +240,8 @@ class _KDA:
         else:
             both = joined.narrow(1, self.first_of_pair, 2 * decay.shape[1])
             g, output_gate = self.by.grouped(both, self.pair, 2)
+        if self.gate_bias is not None:
+            output_gate = output_gate + self.gate_bias
         g = g.view(batch, 1, -1, self.head_dim)
         output_gate = output_gate.view(batch, 1, -1, self.value_head_dim)
         beta = beta.unsqueeze(1)
@@ -352,12 +357,14 @@ def _has_no_padding(mask: Any, cache: KDACache) -> bool:
     return is_of_tokens and bool(mask.all())
 
 
-class DecodeProgram:
+class DecodeProgram(Program):
     """The forward of a `KDAForCausalLM` for one token a row, as long as its modules and parameters stay what they are.
 
     Their values may change: weights that share an input become views of one tensor, and are read there. It keeps no
     reference to the model, and graphs of its steps and of choices of tokens in `graphs` and `choices`.
     """
+
+    refusal = staticmethod(refusal)
 
     def __init__(self, model: Any):
         decoder = model.model
@@ -386,16 +393,27 @@ class DecodeProgram:
             block.next_norm = norm
         self.kda_layers = [mixer for mixer, _ in self.layers if isinstance(mixer, _KDA)]
         self.attention_layers = [mixer for mixer, _ in self.layers if isinstance(mixer, _Attention)]
-        self.signature = _signature(model)
         self.graphs, self.choices = DecodeGraphs(self), Idle(most=8)
+
+    @staticmethod
+    def signature_of(model: nn.Module) -> Any:
+        """Parameters where they are."""
+        return [(id(p), p.data_ptr()) for p in model.parameters()]
 
     @property
     def model(self) -> Any:
-        """The model, while there is one."""
         return self._model()
 
+    def graph_refusal(self) -> str | None:
+        if not all(attention.is_plain for attention in self.attention_layers):
+            return "attention layers have biases"
+        return rope_refusal(self.decoder.rotary_emb)
+
+    def workspace(self, attention: "_Attention", batch: int, capacity: int) -> torch.Tensor | None:
+        heads, key_heads = attention.heads[:2]
+        return self.by.attention_workspace(self.embedding, batch, heads, key_heads, capacity, attention.head_dim)
+
     def takes(self, input_ids: torch.Tensor | None, cache: Any) -> bool:
-        """Whether this is one token a row, after others."""
         if input_ids is None or input_ids.ndim != 2 or input_ids.shape[1] != 1 or not isinstance(cache, KDACache):
             return False
         if cache.offloading:
@@ -409,7 +427,6 @@ class DecodeProgram:
     def __call__(
         self, input_ids: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None, cache: KDACache
     ) -> torch.Tensor | None:
-        """Logits `[B, 1, vocab_size]`, with the cache a token further; None, with nothing done, for padding."""
         x = F.embedding(input_ids, self.embedding)
         masks, position_embeddings = self._masks_and_positions(x, attention_mask, position_ids, cache)
         if masks["linear_attention"] is not None:
@@ -445,11 +462,6 @@ class DecodeProgram:
         return masks, position_embeddings
 
     def step(self, buffers: DecodeBuffers, recorded: dict[int, Any] | None = None) -> torch.Tensor:
-        """Logits `[B, vocab_size]`, with all that is in `buffers` a token further: what a graph can capture.
-
-        Args:
-            recorded: gets what each KDA layer's history has of the token: inputs of the convolution, gate, and β.
-        """
         x = F.embedding(buffers.tokens, self.embedding)
         position_embeddings = None
         if self.decoder.rotary_emb is not None:

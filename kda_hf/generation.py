@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from . import decode_loop
 from .cache import KDADynamicCache, KDAStaticCache
-from .decoding import decode_program
+from .decoding import DecodeProgram, decode_program
 
 
 # How this version of transformers names the cache, as an argument and in outputs: "cache" from 5.24 on.
@@ -41,6 +41,8 @@ def takes_cache(forward):
 
 class KDAGenerationMixin(GenerationMixin):
     """Gives `generate()` a [`KDACache`] wherever it would make one of transformers' own."""
+
+    decode_program_class: Any = DecodeProgram
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):

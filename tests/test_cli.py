@@ -1,14 +1,20 @@
 """The command kda-hf, run as a user runs it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from kda_hf import KDAForCausalLM
+from kda_hf.cli import main
 
 
-MODEL = Path(__file__).parent.parent / "models" / "kda-hf-tiny"
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "models" / "kda-hf-tiny"
 
 
 def kda_hf(*arguments, text=None, cwd=None):
@@ -56,6 +62,27 @@ def test_chat_goes_on_where_it_stopped(tmp_path):
     assert answers(first.stdout) + answers(second.stdout) == answers(whole.stdout)
 
 
+def test_convert_there_and_back(tiny_config, tmp_path, monkeypatch):
+    pure = tiny_config(layer_types=["linear_attention"] * 2, num_hidden_layers=2)
+    KDAForCausalLM(pure).save_pretrained(tmp_path / "ours")
+    result = kda_hf("convert", "ours", "fla", "--max-shard-size", "20KB", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path / "fla") in result.stdout
+    assert json.loads((tmp_path / "fla" / "config.json").read_text())["model_type"] == "kda"
+    assert len(list((tmp_path / "fla").glob("*.safetensors"))) > 2
+
+    script = [sys.executable, "-P", ROOT / "scripts" / "convert_checkpoint.py", "fla", "back", "--to", "kda_hf"]
+    result = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="--overwrite"):
+        main(["convert", "fla", "back"])
+    main(["convert", "fla", "back", "--overwrite"])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there():
     result = kda_hf("generate", "--model", MODEL, "--device", "cuda")
@@ -83,6 +110,7 @@ def test_a_session_whose_files_do_not_fit(tmp_path):
         (("generate",), "--model"),
         (("generate", "--model", MODEL, "--prompt", ""), "--prompt"),
         (("generate", "--model", MODEL, "--dtype", "float99"), "--dtype: 'float99'"),
+        (("convert", MODEL, "never-written"), "`rope_parameters` is None"),  # FLA's attention always has RoPE
         (("chant",), "chant"),
     ],
 )

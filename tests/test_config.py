@@ -21,6 +21,10 @@ def test_rope(rope):
     assert KDAConfig(**rope).rope_parameters == {"rope_type": "default", "rope_theta": 500.0}
 
 
+def test_the_decay_has_the_rank_of_a_key_by_default():
+    assert KDAConfig(linear_head_dim=64, linear_value_head_dim=32).linear_decay_low_rank_dim == 64
+
+
 @pytest.mark.parametrize("rope", [None, {"rope_type": "default", "rope_theta": 500.0}])
 @pytest.mark.parametrize("lower_bound", [None, -5.0, -2.5])
 def test_round_trip(tmp_path, rope, lower_bound):
@@ -40,6 +44,8 @@ def test_round_trip(tmp_path, rope, lower_bound):
         ("linear_num_heads", 0),
         ("linear_head_dim", 0),
         ("linear_conv_kernel_dim", 0),
+        ("linear_decay_low_rank_dim", 0),
+        ("linear_output_gate_bias", "yes"),
         ("layer_types", ["linear_attention"]),
         ("layer_types", ["sliding_attention"] * 24),
         ("num_key_value_heads", 3),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import TextIteratorStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from kda_hf import KDACache, generation, modeling_kda, ops
+from kda_hf import KDACache, generation, layer, modeling_kda, ops
 
 
 PURE_KDA = {"layer_types": ["linear_attention"] * 2, "num_hidden_layers": 2}
@@ -86,6 +86,7 @@ def assert_sampled(model, ids, returned=1, new_cache=lambda: None):
     assert len({tuple(tokens.tolist()) for tokens in output.sequences}) > 1
 
 
+@pytest.mark.supports("greedy", model="kda_hf")
 def test_greedy_equals_recomputing_everything(model):
     ids = prompt(model, batch=2)
     assert_greedy(model, model.generate(ids), ids)
@@ -107,7 +108,7 @@ def test_steps_of_one_call_change_nothing(model, monkeypatch, mode):
         return ops.kda_decode_step(*args, **kwargs)
 
     monkeypatch.setattr(modeling_kda.KimiDeltaAttention, "steps_at_once", lambda *_: True)
-    monkeypatch.setattr(modeling_kda, "kda_decode_step", counted)
+    monkeypatch.setattr(layer, "kda_decode_step", counted)
     actual = model.generate(ids, **options)
     assert bool(calls) == (mode.get("use_cache", True))
     assert torch.equal(actual.sequences, expected.sequences)
@@ -120,6 +121,7 @@ def test_default_cache_is_ours(model):
     assert isinstance(output.past_key_values, KDACache)
 
 
+@pytest.mark.supports("left padding", model="kda_hf")
 def test_left_padded_batch_equals_single(model):
     prompts = [prompt(model, length=length) for length in (4, 11, 70)]
     ids = torch.zeros(3, 70, dtype=torch.long, device=model.device)
@@ -132,6 +134,7 @@ def test_left_padded_batch_equals_single(model):
         assert_greedy(model, batch[None, row, 70 - tokens.shape[1] :], tokens)
 
 
+@pytest.mark.supports("{implementation} cache", model="kda_hf")
 @pytest.mark.parametrize("implementation", ["static", "dynamic"])
 def test_cache_implementations(model, implementation):
     ids = prompt(model, batch=2)
@@ -140,6 +143,7 @@ def test_cache_implementations(model, implementation):
     assert_greedy(model, output.sequences, ids)
 
 
+@pytest.mark.supports("offloaded cache", model="kda_hf", backend="cuda")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads from a GPU only")
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
 @pytest.mark.parametrize("num_hidden_layers", [4, 8])  # one layer with attention, and two
@@ -160,12 +164,14 @@ def test_offloaded_cache(tiny_model, implementation, num_hidden_layers, settings
         assert_greedy(model, output.sequences, ids)
 
 
+@pytest.mark.supports("chunked prefill", model="kda_hf")
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_chunked_prefill(model, chunk):
     ids = prompt(model, batch=2, length=70)
     assert_greedy(model, model.generate(ids, prefill_chunk_size=chunk), ids)
 
 
+@pytest.mark.supports("prompt lookup", model="kda_hf")
 def test_prompt_lookup_is_lossless(model):
     ids = prompt(model, length=6).repeat(1, 5)
     output = model.generate(ids, max_new_tokens=60, prompt_lookup_num_tokens=5, return_dict_in_generate=True)
@@ -174,6 +180,7 @@ def test_prompt_lookup_is_lossless(model):
     assert output.past_key_values.get_seq_length() == ids.shape[1] + 60 - 1
 
 
+@pytest.mark.supports("assisted", model="kda_hf")
 @pytest.mark.parametrize("assistant", ["itself", "another"])
 def test_assisted_decoding_is_lossless(model, tiny_model, assistant):
     helper = model if assistant == "itself" else tiny_model(**PURE_KDA)
@@ -181,16 +188,19 @@ def test_assisted_decoding_is_lossless(model, tiny_model, assistant):
     assert_greedy(model, model.generate(ids, assistant_model=helper, max_new_tokens=60), ids, new=60)
 
 
+@pytest.mark.supports("beams", model="kda_hf")
 def test_beams(model):
     ids = prompt(model, batch=2)
     settings = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
     assert_beams(model, model.generate(ids, **settings), ids, returned=2)
 
 
+@pytest.mark.supports("sampling", "several sequences", model="kda_hf")
 def test_sampling_and_several_sequences(model):
     assert_sampled(model, prompt(model, batch=2), returned=3)
 
 
+@pytest.mark.supports("streaming", model="kda_hf")
 def test_streaming(model):
     class Tokens(BaseStreamer):
         tokens, ended = [], False
@@ -206,6 +216,7 @@ def test_streaming(model):
     assert streamer.tokens == output[0].tolist() and streamer.ended
 
 
+@pytest.mark.supports("inputs_embeds", model="kda_hf")
 def test_inputs_embeds(model):
     ids = prompt(model, batch=2)
     output = model.generate(inputs_embeds=model.get_input_embeddings()(ids))
@@ -269,6 +280,7 @@ def test_the_cache_goes_by_either_name(model):
         model.generate(ids, past_key_values=cache, cache=cache)
 
 
+@pytest.mark.supports("several turns", model="kda_hf")
 @pytest.mark.parametrize("max_rollback", [0, 64])
 def test_conversation_with_a_passed_cache(model, max_rollback):
     cache = KDACache(model.config, max_rollback=max_rollback)
@@ -280,6 +292,7 @@ def test_conversation_with_a_passed_cache(model, max_rollback):
         ids = torch.cat([answer, prompt(model, length=length)], dim=1)
 
 
+@pytest.mark.supports("save and load", model="kda_hf")
 def test_conversation_that_is_saved(model, tmp_path):
     cache = KDACache(model.config)
     first = model.generate(prompt(model), past_key_values=cache)
@@ -291,6 +304,7 @@ def test_conversation_that_is_saved(model, tmp_path):
     torch.testing.assert_close(model.generate(ids, attention_mask=mask, past_key_values=loaded), expected)
 
 
+@pytest.mark.supports("fork", "snapshot", model="kda_hf")
 @torch.no_grad()
 def test_fork_and_restore(model):
     ids = prompt(model, length=20)
@@ -304,6 +318,7 @@ def test_fork_and_restore(model):
         cache.restore(snapshot)
 
 
+@pytest.mark.supports("crop", model="kda_hf")
 @pytest.mark.parametrize("block", [1, 3, 9])
 @pytest.mark.parametrize("removed", [1, 2, 9])
 @torch.no_grad()

@@ -98,6 +98,7 @@ def model(request, tiny_model):
     return tiny_model(**MODELS[request.param])
 
 
+@pytest.mark.supports("{side} padding", model="kda_hf")
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding_changes_nothing(model, side, device, relative_error):
@@ -141,6 +142,7 @@ def test_padding_inside_a_layer_leaves_no_trace(tiny_config, device, relative_er
     assert (out[~mask] == 0).all()
 
 
+@pytest.mark.supports("packed sequences", model="kda_hf")
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @torch.no_grad()
 def test_packed_equals_separate(model, dtype, device, relative_error):
@@ -239,6 +241,7 @@ def test_attention_layers_fit_the_backbones(backbone, device, relative_error):
     assert relative_error(ours.to(device).eval()(ids).logits, theirs(ids).logits) < 1e-5
 
 
+@pytest.mark.supports("save_pretrained", model="kda_hf")
 def test_auto_classes_and_reload(model, tmp_path, device):
     model.save_pretrained(tmp_path)
     ids = torch.randint(97, (1, 9), device=device)
@@ -290,6 +293,7 @@ def test_kimi_shaped_a_log_loads(tiny_config):
     assert torch.equal(layer.A_log, a_log)
 
 
+@pytest.mark.supports("training", model="kda_hf")
 def test_loss_and_gradients(model, device):
     ids = torch.randint(97, (2, 70), device=device)
     model.train()
@@ -302,6 +306,7 @@ def test_loss_and_gradients(model, device):
         assert parameter.grad.any(), name
 
 
+@pytest.mark.supports("gradient checkpointing", model="kda_hf")
 def test_gradient_checkpointing_changes_nothing(tiny_model, device):
     model = tiny_model().train()
     ids = torch.randint(97, (2, 33), device=device)
@@ -338,6 +343,7 @@ def test_outputs_asked_for(tiny_model, device):
     assert model(ids, use_cache=False).past_key_values is None
 
 
+@pytest.mark.supports("torch.compile(fullgraph=True)", model="kda_hf")
 @pytest.mark.slow
 @torch.no_grad()
 def test_compiles_into_one_graph(tiny_model, device, relative_error):
@@ -361,3 +367,30 @@ def test_bad_input_names_the_argument(tiny_config, argument, call):
     model = KDAForCausalLM(tiny_config())
     with pytest.raises(ValueError, match=argument):
         call(model, torch.zeros(1, 9, dtype=torch.long), torch.tensor([0, 4, 9]))
+
+
+@pytest.mark.parametrize("head_dims", [(16, 16), (16, 8), (8, 16)])
+@torch.no_grad()
+def test_output_gate_bias_and_width_of_the_decay(head_dims, tiny_model, device, relative_error):
+    """As FLA's layers have them: in a forward, in steps with a cache, after a crop, and in `generate()`."""
+    K, V = head_dims
+    dims = {"linear_head_dim": K, "linear_value_head_dim": V, "linear_decay_low_rank_dim": V}
+    model = tiny_model(**dims, linear_output_gate_bias=True)
+    layer = model.model.layers[0].linear_attn
+    assert layer.f_a_proj.weight.shape == (V, 32) and layer.f_b_proj.weight.shape == (2 * K, V)
+    assert layer.g_b_proj.bias.shape == (2 * V,)
+    x = torch.randn(2, 30, 32, device=device)
+    assert layer(x).norm() > 1e-3
+    layer.g_b_proj.bias.fill_(-100.0)  # the gate lets nothing through
+    assert layer(x).norm() < 1e-20
+
+    layer.g_b_proj.bias.normal_()
+    ids = torch.randint(97, (2, 30), device=device)
+    expected, cache = model(ids).logits, KDACache(model.config)
+    logits = [model(piece, past_key_values=cache).logits for piece in ids.split([20] + [1] * 10, dim=1)]
+    assert relative_error(torch.cat(logits, dim=1), expected) < 1e-4
+    cache.crop(-5)
+    assert relative_error(model(ids[:, 25:], past_key_values=cache).logits, expected[:, 25:]) < 1e-4
+    tokens = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    for length in range(30, 38):
+        assert (model(tokens[:, :length]).logits[:, -1].argmax(-1) == tokens[:, length]).all()
