@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from . import ops
 from .cache import KDACache
 from .configuration_kda import KDAConfig
+from .integrations.native import accelerate
 from .modeling_kda import KDAForCausalLM, KDAModel, KDAPreTrainedModel, KimiDeltaAttention
 
 
@@ -28,5 +29,6 @@ __all__ = [
     "KDAModel",
     "KDAPreTrainedModel",
     "KimiDeltaAttention",
+    "accelerate",
     "ops",
 ]
