@@ -130,9 +130,9 @@ def select(call: Call, backend: str | None = None) -> str:
     for name in backends_of(call.op):
         reason = refusal(name, call)
         if reason is None:
-            _log(call.op, name, "serves the calls")
+            log_once(call.op, name, "serves the calls")
             return name
-        _log(call.op, name, f"refused: {reason}")
+        log_once(call.op, name, f"refused: {reason}")
     raise AssertionError("the PyTorch backend serves every call")
 
 
@@ -145,15 +145,15 @@ def has_kernel(call: Call) -> bool:
 def _require(backend: str, call: Call, asked: str) -> None:
     reason = refusal(backend, call)
     if reason is not None:
-        _log(call.op, backend, f"refused: {reason}")
+        log_once(call.op, backend, f"refused: {reason}")
         raise RuntimeError(f"{call.op}: {asked} cannot serve this call on {call.device}: {reason}")
-    _log(call.op, backend, "serves the calls")
+    log_once(call.op, backend, "serves the calls")
 
 
 _logged: set[tuple[str, str, str]] = set()
 
 
-def _log(op: str, backend: str, what: str) -> None:
+def log_once(op: str, backend: str, what: str) -> None:
     """One line the first time; none while tracing, where logging would break the graph."""
     if torch.compiler.is_compiling() or (op, backend, what) in _logged:
         return

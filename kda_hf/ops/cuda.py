@@ -199,9 +199,11 @@ def recurrent_kda(
     output_states: bool,
     token_states: bool,
     state_indices: torch.Tensor | None,
+    by_token: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | str:
     """As `chunk_kda`; with `state_indices` the initial state is a pool, updated in place, and the final state. With
-    `token_states` the third result is the states after every token."""
+    `token_states` the third result is the states after every token. `by_token` goes token by token however many there
+    are."""
     if output_states and state_indices is not None:
         return "there are no intermediate states of a pool"
     try:
@@ -209,7 +211,8 @@ def recurrent_kda(
         sequences, dtype = 1 if x.cu_seqlens is None else x.sequences, x.state_dtype
     except (AttributeError, IndexError, ValueError):  # not tensors of these ranks: the checks will say so
         return "the arguments are not what recurrent_kda takes"
-    if not _goes_by_token(tokens, sequences, output_states, state_indices is not None or token_states):
+    has_to = by_token or state_indices is not None or token_states
+    if not _goes_by_token(tokens, sequences, output_states, has_to):
         return chunk_kda(x, output_final_state, output_states)
     o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
     matrix = (V, K) if x.state_v_first else (K, V)

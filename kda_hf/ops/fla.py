@@ -1,5 +1,6 @@
 """FLA's Triton kernels (`fla.ops.kda`) behind our arguments."""
 
+from contextvars import ContextVar
 from importlib import metadata
 
 import torch
@@ -16,6 +17,7 @@ def _installed_version() -> tuple[int, ...] | None:
 
 
 VERSION = _installed_version()
+is_calling: ContextVar[bool] = ContextVar("is_calling", default=False)  # for integrations/fla.py: FLA is not to ask us
 
 
 def kda(
@@ -45,11 +47,15 @@ def kda(
         "state_v_first": x.state_v_first,
         "cu_seqlens": x.cu_seqlens,
     }
-    if op == "recurrent_kda" and not requires_grad:
-        o, final_state = fused_recurrent_kda(*x[:5], **options)
-    else:  # FLA's token recurrence has no backward
-        safe_gate = safe_gate and x.lower_bound != 0  # FLA excludes a bound of 0
-        o, final_state = chunk_kda(*x[:5], safe_gate=safe_gate, cu_seqlens_cpu=cu_seqlens_cpu, **options)
+    token = is_calling.set(True)
+    try:
+        if op == "recurrent_kda" and not requires_grad:
+            o, final_state = fused_recurrent_kda(*x[:5], **options)
+        else:  # FLA's token recurrence has no backward
+            safe_gate = safe_gate and x.lower_bound != 0  # FLA excludes a bound of 0
+            o, final_state = chunk_kda(*x[:5], safe_gate=safe_gate, cu_seqlens_cpu=cu_seqlens_cpu, **options)
+    finally:
+        is_calling.reset(token)
     if x.cu_seqlens is not None:  # FLA leaves what follows the last sequence undefined
         is_past = torch.arange(x.q.shape[1], device=x.q.device) >= x.cu_seqlens[-1]
         o = o.masked_fill(is_past[:, None, None], 0)
