@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
+WORDS = {"no": "failed", "yes": "passed", "not run": "skipped"}
 PAGE = Path(__file__).parents[1] / "docs" / "integrations" / "README.md"
 START, END = "<!-- support table: scripts/support_table.py writes it -->", "<!-- end of the support table -->"
 
@@ -13,7 +14,7 @@ START, END = "<!-- support table: scripts/support_table.py writes it -->", "<!--
 def table(runs: list[dict[str, Any]]) -> str:
     """
     Rows are features, columns are models on backends. "yes": tests of it passed in these runs, and none failed; "no":
-    one failed; "not run": none did either.
+    one failed; "not run": all of them were skipped; "–": there are none.
     """
     outcomes: dict[tuple[str, str, str], set[str]] = {}
     for run in runs:
@@ -25,7 +26,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     columns = sorted({(model, backend) for _, model, backend in outcomes}, key=lambda x: (x[0] != "kda_hf", x))
 
     def cell(found: set[str]) -> str:
-        return "no" if "failed" in found else "yes" if "passed" in found else "not run"
+        return next((word for word, outcome in WORDS.items() if outcome in found), "–")
 
     def line(*cells: str) -> str:
         return f"| {' | '.join(cells)} |"

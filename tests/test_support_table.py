@@ -134,9 +134,9 @@ def test_table():
         "|  | `m`, cpu | `m`, cuda |",
         "| --- | --- | --- |",
         "| beams | no | yes |",
-        "| crop | not run | not run |",
+        "| crop | not run | – |",
         "| greedy | yes | yes |",
-        "| padding | yes | not run |",
+        "| padding | yes | – |",
         "",
         *(about.format(backend) for backend in ("cpu", "cuda", "cuda")),
     ]
