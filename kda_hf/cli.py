@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_
 
 import kda_hf
 from kda_hf.convert import convert_checkpoint
+from kda_hf.integrations.native import can_accelerate
+from kda_hf.layer import KDALayer
 
 
 class TimedStreamer(TextStreamer):
@@ -53,6 +55,8 @@ def load(args):
     dtype = args.dtype or ("float32" if device == "cpu" else "auto")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+    if can_accelerate(model):
+        kda_hf.accelerate(model)
     return model, tokenizer
 
 
@@ -67,13 +71,10 @@ def sampling(args) -> dict:
 
 def backend_in_use(model) -> str:
     """The backend that KDA calls of this model get, or what kind of model it is where it has none of ours."""
-    config = model.config
-    if not isinstance(config, kda_hf.KDAConfig):
-        return f"{config.model_type}, on its own operators"
-    assert config.linear_value_head_dim is not None  # KDAConfig has filled it in
-    report = kda_hf.ops.backend_report(
-        device=model.device, dtype=model.dtype, K=config.linear_head_dim, V=config.linear_value_head_dim
-    )
+    layer = next((module for module in model.modules() if isinstance(module, KDALayer)), None)
+    if layer is None:
+        return f"{model.config.model_type}, on its own operators"
+    report = kda_hf.ops.backend_report(device=model.device, dtype=model.dtype, K=layer.head_dim, V=layer.value_head_dim)
     return next(row["backend"] for row in report if row["usable"])
 
 

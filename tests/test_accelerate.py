@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from pathlib import Path
 
 import accelerate as hf_accelerate
 import pytest
@@ -10,7 +11,7 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, TextStreamer
 
 import kda_hf
-from kda_hf import KDACache, decode_graph, decoding
+from kda_hf import KDACache, cli, decode_graph, decoding
 from kda_hf.generation import CACHE_NAME
 from kda_hf.integrations import native
 from kda_hf.integrations.accelerated import AcceleratedModel
@@ -641,3 +642,24 @@ def test_glm5_next_decodes_without_graphs(device, graphs):
     assert torch.equal(generate(model, ids), expected)
     assert graph_count(model) == 0
     assert "another kind" in decoding.program_of(model).graphs.refusal(KDACache(model.config))
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    """It accelerates what it can: a conversation goes on from a file, which takes a cache that can be saved."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(Path(__file__).parent.parent / "models" / "kda-hf-tiny")
+    config = configuration("kimi_linear")
+    config.vocab_size = len(tokenizer)
+    native_class(config)(config).save_pretrained(tmp_path / "kimi")
+    tokenizer.save_pretrained(tmp_path / "kimi")
+    arguments = ["--model", str(tmp_path / "kimi"), "--greedy", "--max-new-tokens", "4", "--device", "cpu"]
+    cli.main(["generate", *arguments, "--prompt", "In the beginning"])
+    assert "backend torch on CPU" in capsys.readouterr().out
+    session = tmp_path / "session.safetensors"
+    for _ in range(2):
+        answers = iter(["Who was the king?", ""])
+        monkeypatch.setattr("builtins.input", lambda _, answers=answers: next(answers))
+        cli.main(["chat", *arguments, "--session", str(session)])
+    assert "goes on after" in capsys.readouterr().out and session.exists()

@@ -128,6 +128,17 @@ LAYERS: dict[tuple[str, str], type[NativeKDALayer]] = {
 MODEL_TYPES = ("kimi_linear", "glm5_next", "bailing_hybrid")
 
 
+def _kind(module: nn.Module) -> type[NativeKDALayer] | None:
+    return LAYERS.get((type(module).__module__, type(module).__name__))
+
+
+def can_accelerate(model: nn.Module) -> bool:
+    """Whether [`accelerate`] knows what `model` is, and has not seen it yet."""
+    modules = list(model.modules())
+    is_known = is_fla_model(model) or any(_kind(module) for module in modules)
+    return is_known and not any(isinstance(module, AcceleratedModel) for module in modules)
+
+
 def _refusal(layer: Any) -> str | None:
     """Why a layer of a known class can't run on our operators, or None."""
     if layer.activation != "silu":
@@ -166,7 +177,7 @@ def accelerate(model: Any) -> Any:
         return accelerate_fla(model)
     layers = {}
     for name, module in model.named_modules():
-        kind = LAYERS.get((type(module).__module__, type(module).__name__))
+        kind = _kind(module)
         if kind is None:
             continue
         reason = _refusal(module)
