@@ -27,6 +27,7 @@ MODEL_TYPES = [
     )
     for name in native.MODEL_TYPES
 ]
+WITH_GRAPHS = [param for param in MODEL_TYPES if param.values[0] != "glm5_next"]
 LAYER_TYPES = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
 VOCABULARY = 160
 
@@ -412,6 +413,30 @@ def test_gradients(model_type, device, relative_error):
             assert relative_error(gradient, expected[name]) < 1e-3, name
 
 
+@pytest.mark.supports("gradient checkpointing", model="{model_type}")
+def test_gradient_checkpointing(model_type, device, relative_error):
+    model, ids = kda_hf.accelerate(make(model_type, device)).train(), prompt(device, length=12)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    for name, gradient in expected.items():
+        assert relative_error(model.get_parameter(name).grad, gradient) < 1e-5 or gradient.norm() < 1e-6, name
+
+
+@pytest.mark.slow
+@pytest.mark.supports("torch.compile(fullgraph=True)", model="{model_type}")
+@pytest.mark.parametrize("model_type", WITH_GRAPHS, indirect=True)
+@torch.no_grad()
+def test_compiles_into_one_graph(model_type, device):
+    model, ids = kda_hf.accelerate(make(model_type, device)), prompt(device)
+    expected = forward(model, ids)
+    model.set_experts_implementation("batched_mm")  # which asks the host nothing
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def state_of(model):
     """All that a model is, down to the attributes of its modules."""
     attributes = {
@@ -538,9 +563,6 @@ def graphs(monkeypatch, device):
 
 def graph_count(model):
     return len(decoding.program_of(model).graphs.idle)
-
-
-WITH_GRAPHS = [param for param in MODEL_TYPES if param.values[0] != "glm5_next"]
 
 
 @pytest.mark.parametrize("model_type", WITH_GRAPHS, indirect=True)
