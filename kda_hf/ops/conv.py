@@ -52,8 +52,13 @@ def _taps(inputs: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
 def _packed(
     x: torch.Tensor, weight: torch.Tensor, history: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed sequences, x [T,D]: every input is a row of one table, first the histories and then the tokens."""
+    """Packed sequences, x [T,D]: one convolution over all of them, and those tokens once more that reach beyond their
+    sequence."""
     (tokens, channels), (sequences, _, width) = x.shape, history.shape
+    inputs = torch.cat((x.new_zeros(width - 1, channels), x, x.new_zeros(1, channels)))
+    y = _taps([inputs[tap : tap + tokens + 1] for tap in range(width)], weight)
+
+    # Every input is a row of one table, first the histories and then the tokens.
     table = torch.cat((history.mT.reshape(-1, channels), x))
 
     def gather(sequence: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -63,12 +68,13 @@ def _packed(
         row = torch.where(position < 0, in_history, in_tokens).clamp(0, max(len(table) - 1, 0))
         return table.index_select(0, row.flatten()).unflatten(0, row.shape)
 
-    token = torch.arange(tokens, device=x.device)
-    sequence = torch.searchsorted(cu_seqlens[1:], token, right=True).clamp(max=max(sequences - 1, 0))
-    position = token - cu_seqlens[sequence]
-    y = _taps([gather(sequence, position - (width - 1 - tap)) for tap in range(width)], weight)
+    lengths = cu_seqlens.diff().unsqueeze(-1)
+    position = torch.arange(width - 1, device=x.device).expand(sequences, -1)
+    owner = torch.arange(sequences, device=x.device).unsqueeze(-1)
+    first = _taps([gather(owner, position - (width - 1 - tap)) for tap in range(width)], weight)
+    # What a short sequence has no token for goes to the row past the last.
+    row = torch.where(position < lengths, cu_seqlens[:-1].unsqueeze(-1) + position, tokens).clamp(0, tokens)
+    y = y.index_copy(0, row.flatten(), first.flatten(0, 1))[:tokens]
 
-    lengths = cu_seqlens.diff()
-    newest = lengths.unsqueeze(-1) - width + torch.arange(width, device=x.device)
-    owner = torch.arange(sequences, device=x.device).unsqueeze(-1).expand_as(newest)
+    newest = lengths - width + torch.arange(width, device=x.device)
     return y.unsqueeze(0), gather(owner, newest).mT
