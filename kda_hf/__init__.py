@@ -12,6 +12,7 @@ from .cache import KDACache
 from .configuration_kda import KDAConfig
 from .integrations.native import accelerate
 from .modeling_kda import KDAForCausalLM, KDAModel, KDAPreTrainedModel, KimiDeltaAttention
+from .swap import swap_attention
 
 
 __version__ = "0.1.0"
@@ -31,4 +32,5 @@ __all__ = [
     "KimiDeltaAttention",
     "accelerate",
     "ops",
+    "swap_attention",
 ]

@@ -1,4 +1,4 @@
-"""The command `kda-hf`: generate, chat, convert, info."""
+"""The command `kda-hf`: generate, chat, convert, swap, heal, info."""
 
 import argparse
 import json
@@ -12,8 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_
 
 import kda_hf
 from kda_hf.convert import convert_checkpoint
+from kda_hf.healing import HealInterrupted, HealSettings
+from kda_hf.healing import heal as run_healing
+from kda_hf.healing.settings import add_arguments as add_heal_arguments
 from kda_hf.integrations.native import can_accelerate
 from kda_hf.layer import KDALayer
+from kda_hf.swap import swap_checkpoint
 
 
 class TimedStreamer(TextStreamer):
@@ -162,6 +166,44 @@ def convert(args):
     print(f"[written: {target}]")
 
 
+def heal(args):
+    """Trains a model whose attention was swapped for KDA to do what the original does: each layer's output, then the
+    logits."""
+    settings = HealSettings(**{name: getattr(args, name) for name in HealSettings.__dataclass_fields__})
+    try:
+        print(f"[written: {run_healing(settings)}]")
+    except HealInterrupted as interruption:
+        print(f"kda-hf: {interruption}", file=sys.stderr)
+        sys.exit(128 + interruption.signum)
+    except ImportError as error:  # of a package that only these settings need
+        sys.exit(f"kda-hf: {error}")
+
+
+def swap(args):
+    """A dense Llama, Mistral, SmolLM2, Qwen2 or Qwen3 with KDA in place of the attention of some layers."""
+    layers = args.layers
+    if all(part.strip().isdecimal() for part in layers.split(",")):
+        layers = [int(part) for part in layers.split(",")]
+    table = swap_checkpoint(
+        args.base,
+        args.out,
+        layers,
+        gguf_file=args.gguf_file,
+        dtype=args.dtype,
+        calibration_text=args.calibrate.read_text() if args.calibrate else None,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.overwrite,
+        **dict(args.set),
+    )
+    print(f"{table}\n[written: {args.out}]")
+
+
+def _field(text: str) -> tuple[str, object]:
+    """NAME=VALUE, the value in JSON."""
+    name, _, value = text.partition("=")
+    return name, json.loads(value)
+
+
 def info(args):
     """Versions, device, and which backend a call would get."""
     print(f"kda_hf {kda_hf.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
@@ -204,6 +246,29 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--max-shard-size", default="5GB", help="size of a file of weights (default: 5GB)")
     command.add_argument("--overwrite", action="store_true", help="replace TARGET where it is not empty")
     command.set_defaults(run=convert)
+
+    command = commands.add_parser("heal", help="train a swapped model to be as the original", description=heal.__doc__)
+    add_heal_arguments(command)
+    command.set_defaults(run=heal)
+
+    command = commands.add_parser("swap", help="KDA in place of a model's attention", description=swap.__doc__)
+    command.add_argument("--base", required=True, help="directory or hub name of the original, or its GGUF file")
+    command.add_argument("--gguf-file", help="the name of a GGUF file in BASE")
+    command.add_argument("--layers", default="3:1", help="3:1, 1:1, ..., all, or indices: 0,1,2 (default: 3:1)")
+    command.add_argument("--out", required=True, help="directory for the new model")
+    command.add_argument("--calibrate", type=Path, metavar="FILE", help="ordinary text to fit the KDA layers on")
+    command.add_argument("--dtype", default="auto", help="of the weights (default: as stored; float32 for GGUF)")
+    command.add_argument(
+        "--set",
+        type=_field,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a field of KDAConfig, in JSON: linear_lower_bound=null",
+    )
+    command.add_argument("--max-shard-size", default="5GB", help="size of a file of weights (default: 5GB)")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT where it is not empty")
+    command.set_defaults(run=swap)
 
     command = commands.add_parser("info", help="versions, device, backends", description=info.__doc__)
     command.set_defaults(run=info)

@@ -8,14 +8,12 @@ refused with the name of the configuration's field or of the tensor, before anyt
 import copy
 import json
 import math
-import shutil
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,6 +21,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .configuration_kda import KDAConfig
+from .files import appearing, check_target, checkpoint_directory, copy_beside_the_model
 from .modeling_kda import KDAForCausalLM
 
 
@@ -96,20 +95,6 @@ _TENSOR_NAMES = {  # ours: FLA's, as parts of a name
     ".g_b_proj.": ".g_proj.1.",
 }
 _GATE_BIAS = ".g_b_proj.bias"
-_BESIDE_THE_MODEL = (
-    "tokenizer*",
-    "tokenization_*.py",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.tiktoken",
-    "*.model",
-    "chat_template*",
-    "additional_chat_templates",
-    "generation_config.json",
-    "LICENSE*",
-)
 
 
 def config_from_fla(fields: dict[str, Any]) -> KDAConfig:
@@ -318,17 +303,14 @@ def convert_checkpoint(
             missing, unknown or of another shape. The message names it.
         OSError: no checkpoint in `source`; `target` is not empty.
     """
-    source, target = _directory(source), Path(target).resolve()
+    source, target = checkpoint_directory(source), Path(target).resolve()
     fields = _read_json(source / "config.json")
     if fields.get("model_type") not in _FORMATS:
         raise ValueError(f"`model_type` of {source} is {fields.get('model_type')!r}; it must be in {list(_FORMATS)}")
     is_fla = fields["model_type"] == FLA_MODEL_TYPE
     if to not in (None, "kda_hf" if is_fla else "fla"):
         raise ValueError(f"`to` is {to!r}, but {source} can become {'kda_hf' if is_fla else 'fla'!r} only")
-    if target == source or target in source.parents:
-        raise ValueError(f"`target` must not be `source`, or have it inside: {target}")
-    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is not empty; `overwrite` (--overwrite) replaces it")
+    check_target(target, source, "source", overwrite)
 
     config = config_from_fla(fields) if is_fla else _read_config(fields)
     of_fla = None if is_fla else config_to_fla(config)
@@ -339,42 +321,14 @@ def convert_checkpoint(
     except ValueError as error:
         raise ValueError(f"`max_shard_size`: {error}") from error
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
-        new.mkdir()
+    with appearing(target) as new:
         _write_tensors(new, split, tensors)
-        for pattern in _BESIDE_THE_MODEL:
-            for path in source.glob(pattern):
-                (shutil.copytree if path.is_dir() else shutil.copyfile)(path, new / path.name)
+        copy_beside_the_model(source, new)
         if of_fla is None:
             config.save_pretrained(new)
         else:
             _write_json(of_fla, new / "config.json")
-        try:
-            if target.exists():
-                target.rename(old)
-            new.rename(target)
-        except BaseException:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            raise
     return target
-
-
-def _directory(source: str | Path) -> Path:
-    """`source`, or where what it names on the Hub lies."""
-    path = Path(source)
-    if not path.is_dir():
-        if path.is_absolute() or str(source).startswith("."):
-            raise FileNotFoundError(f"no such directory: {source}")
-        try:
-            path = Path(snapshot_download(str(source), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"{source} is no directory here, and the Hub gives none: {error}") from error
-    if not (path / "config.json").exists():
-        raise FileNotFoundError(f"{source} has no config.json")
-    return path.resolve()
 
 
 def _read_config(fields: dict[str, Any]) -> KDAConfig:

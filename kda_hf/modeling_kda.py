@@ -442,7 +442,9 @@ class KDAModel(KDAPreTrainedModel):
             masks = {"linear_attention": create_recurrent_attention_mask(**mask_kwargs)}
             if has_attention:
                 masks["full_attention"] = create_causal_mask(**mask_kwargs)
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids) if self.rotary_emb is not None else None
+        position_embeddings = None
+        if self.rotary_emb is not None and has_attention:
+            position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         return masks, position_ids, position_embeddings
 
 

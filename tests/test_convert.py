@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from kda_hf import KDAConfig, convert
+from kda_hf import KDAConfig, convert, files
 from kda_hf.convert import config_from_fla, config_to_fla, convert_checkpoint
 
 
@@ -317,9 +317,7 @@ def test_a_tied_head_that_was_saved_stays(tmp_path):
 
 def test_a_name_on_the_hub(tmp_path, monkeypatch):
     fla_checkpoint(tmp_path / "snapshot")
-    monkeypatch.setattr(
-        convert, "snapshot_download", lambda name, **kwargs: {"someone/kda": tmp_path / "snapshot"}[name]
-    )
+    monkeypatch.setattr(files, "snapshot_download", lambda name, **kwargs: {"someone/kda": tmp_path / "snapshot"}[name])
     assert len(tensors_of(convert_checkpoint("someone/kda", tmp_path / "ours"))) == len(
         tensors_of(tmp_path / "snapshot")
     )
@@ -327,7 +325,7 @@ def test_a_name_on_the_hub(tmp_path, monkeypatch):
     def offline(name, **kwargs):
         raise OSError("no connection")
 
-    monkeypatch.setattr(convert, "snapshot_download", offline)
+    monkeypatch.setattr(files, "snapshot_download", offline)
     with pytest.raises(FileNotFoundError, match="someone/kda .*: no connection"):
         convert_checkpoint("someone/kda", tmp_path / "again")
 

@@ -306,6 +306,16 @@ def test_loss_and_gradients(model, device):
         assert parameter.grad.any(), name
 
 
+@torch.no_grad()
+def test_rope_that_no_layer_needs(tiny_model, device):
+    model = tiny_model(
+        layer_types=["linear_attention"] * 4, rope_parameters={"rope_type": "default", "rope_theta": 100.0}
+    )
+    ids = torch.randint(3, 97, (1, 9), device=device)
+    tokens = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(model(tokens).logits[:, 8:-1].argmax(-1), tokens[:, 9:])
+
+
 @pytest.mark.supports("gradient checkpointing", model="kda_hf")
 def test_gradient_checkpointing_changes_nothing(tiny_model, device):
     model = tiny_model().train()
