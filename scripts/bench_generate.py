@@ -304,23 +304,31 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    args = parse_args()
-    rate = bandwidth()
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """What was run where and when."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    result: dict[str, Any] = {
+    return {
         "device": device,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": bench.commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "options": {name: value for name, value in vars(args).items() if name != "json"},
-        "bandwidth": rate,
-        "rows": measure(args, rate),
     }
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
+
+
+def report(result: dict[str, Any], lines: str, path: Path | None) -> None:
+    """Writes the numbers, if they are asked for, and prints the table."""
+    if path:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    print(lines)
+
+
+def main() -> None:
+    args = parse_args()
+    rate = bandwidth()
+    result = about(args) | {"bandwidth": rate, "rows": measure(args, rate)}
+    report(result, table(result), args.json)
 
 
 if __name__ == "__main__":

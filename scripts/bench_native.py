@@ -8,17 +8,13 @@ output says which. Without a GPU all is small.
 """
 
 import argparse
-import datetime
 import importlib.util
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import bench_generate
-import bench_prefill as bench
 import torch
-import transformers
 from transformers import KimiLinearConfig, KimiLinearForCausalLM
 
 import kda_hf
@@ -113,20 +109,9 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     args = parse_args()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    result: dict[str, Any] = {
-        "device": device,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "fla": importlib.util.find_spec("fla") is not None,
-        "commit": bench.commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "options": {name: value for name, value in vars(args).items() if name != "json"},
-        "rows": measure(args),
-    }
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
+    has_fla = importlib.util.find_spec("fla") is not None
+    result = bench_generate.about(args) | {"fla": has_fla, "rows": measure(args)}
+    bench_generate.report(result, table(result), args.json)
 
 
 if __name__ == "__main__":
