@@ -181,13 +181,10 @@ def heal(args):
 
 def swap(args):
     """A dense Llama, Mistral, SmolLM2, Qwen2 or Qwen3 with KDA in place of the attention of some layers."""
-    layers = args.layers
-    if all(part.strip().isdecimal() for part in layers.split(",")):
-        layers = [int(part) for part in layers.split(",")]
     table = swap_checkpoint(
         args.base,
         args.out,
-        layers,
+        args.layers,
         gguf_file=args.gguf_file,
         dtype=args.dtype,
         calibration_text=args.calibrate.read_text() if args.calibrate else None,

@@ -68,7 +68,7 @@ def swap_attention(
         model_or_path (`PreTrainedModel`, `str` or `Path`): a dense Llama, Mistral, SmolLM2, Qwen2 or Qwen3 of
             transformers, which stays as it is; or its directory, its name on the Hub, or its GGUF file.
         layers (`str` or `Iterable[int]`, defaults to `"3:1"`): `"n:m"`: of each n + m layers the first n become KDA;
-            `"all"`; or the indices of the layers that do.
+            `"all"`; or the indices of the layers that do, as numbers or as `"0,1,2"`.
         calibration_ids (`torch.Tensor` of shape `[B, T]`, int64, *optional*): tokens of ordinary text, a few thousand.
             Layer by layer, decays, β and `o_proj` are then fitted to the output of the original attention on them,
             in closed form, which starts far closer.
@@ -135,13 +135,15 @@ def _parts(path: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
 
 def parse_layers(layers: str | Iterable[int], num_hidden_layers: int) -> list[int]:
     """
-    The indices that `"3:1"`, `"all"` or a list of them means.
+    The indices that `"3:1"`, `"all"`, `"0,1,2"` or a list of them means.
 
     Raises:
         ValueError: `layers` is none of these, or an index is not in the model.
     """
     if layers == "all":
         return list(range(num_hidden_layers))
+    if isinstance(layers, str) and all(part.strip().isdecimal() for part in layers.split(",")):
+        layers = [int(part) for part in layers.split(",")]
     if isinstance(layers, str):
         parts = layers.split(":")
         if len(parts) != 2 or not all(part.isdecimal() for part in parts) or int(parts[0]) < 1:

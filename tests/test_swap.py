@@ -239,10 +239,11 @@ def test_layers():
     assert parse_layers("1:1", 5) == [0, 2, 4]
     assert parse_layers("1:2", 6) == [0, 3]
     assert parse_layers("all", 3) == parse_layers("1:0", 3) == [0, 1, 2]
+    assert parse_layers("2", 3) == [2] and parse_layers("2, 0", 3) == [0, 2]
     assert parse_layers([], 4) == [] and parse_layers((3, 0, 3), 4) == [0, 3]
 
 
-@pytest.mark.parametrize("layers", ["", "3", "3:1:1", "0:1", "-1:1", "a:b", "most", [4], [-1], [True], [0.0]])
+@pytest.mark.parametrize("layers", ["", "4", "1,", "0,4", "0,-1", "3:1:1", "0:1", "-1:1", "a:b", "most", [4], [-1], [True], [0.0]])
 def test_wrong_layers(layers, make):
     with pytest.raises(ValueError, match="`layers` must be"):
         kda_hf.swap_attention(make(), layers)

@@ -148,7 +148,7 @@ class Healing:
             assert settings.layers is not None
             original, _ = self._load("teacher", "auto")
             torch.manual_seed(settings.seed)
-            student = swap_attention(original, _layers(settings.layers))
+            student = swap_attention(original, settings.layers)
         self.save_dtype = student.dtype
         if settings.save_dtype is not None:
             dtype = getattr(torch, settings.save_dtype, None)
@@ -426,12 +426,6 @@ class Healing:
                 print(f"no plot: {error}", flush=True)
                 return
         plot_log(self.settings.out, picture or self.settings.out / "heal.svg")
-
-
-def _layers(text: str) -> str | list[int]:
-    """`3:1` as it is, `0,1,2` as numbers."""
-    parts = text.split(",")
-    return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else text
 
 
 def _size(row: list[tuple[int, int]]) -> int:
