@@ -243,7 +243,10 @@ def test_layers():
     assert parse_layers([], 4) == [] and parse_layers((3, 0, 3), 4) == [0, 3]
 
 
-@pytest.mark.parametrize("layers", ["", "4", "1,", "0,4", "0,-1", "3:1:1", "0:1", "-1:1", "a:b", "most", [4], [-1], [True], [0.0]])
+WRONG_LAYERS = ["", "4", "1,", "0,4", "0,-1", "3:1:1", "0:1", "-1:1", "a:b", "most", [4], [-1], [True], [0.0]]
+
+
+@pytest.mark.parametrize("layers", WRONG_LAYERS)
 def test_wrong_layers(layers, make):
     with pytest.raises(ValueError, match="`layers` must be"):
         kda_hf.swap_attention(make(), layers)
