@@ -12,10 +12,8 @@ import argparse
 import datetime
 import json
 import math
-import os
 import platform
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from bench_prefill import commit
 from transformers import AutoTokenizer
 
 from kda_hf import KDAForCausalLM, KimiDeltaAttention, swap, swap_attention
@@ -114,15 +113,6 @@ def variants(theta: float) -> dict[str, Change]:
 def mean_loss(model: Any, rows: torch.Tensor) -> float:
     losses = [model(row, labels=row, use_cache=False).loss.item() for row in rows.split(1)]
     return sum(losses) / len(losses)
-
-
-def commit() -> str:
-    """Of this checkout; where the sources came without their history, KDA_HF_COMMIT says it."""
-    if given := os.environ.get("KDA_HF_COMMIT"):
-        return given
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
 
 
 def processor() -> str:

@@ -11,8 +11,6 @@ import argparse
 import datetime
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from bench_prefill import commit
 from torch.nn.functional import cross_entropy
 
 import kda_hf
@@ -82,15 +81,6 @@ def perplexities(
         perplexity = math.exp(min(nats / tokens, 700.0)) if tokens else None
         results.append({"from": low, "to": high, "tokens": tokens, "perplexity": perplexity})
     return results
-
-
-def commit() -> str:
-    """Of this checkout; where the sources came without their history, KDA_HF_COMMIT says it."""
-    if given := os.environ.get("KDA_HF_COMMIT"):
-        return given
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:

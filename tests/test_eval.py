@@ -25,11 +25,12 @@ MODEL = ROOT / "models" / "kda-hf-tiny"
 def load(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # eval_recall imports eval_ppl
+    sys.modules[name] = module  # that scripts import each other
     spec.loader.exec_module(module)
     return module
 
 
+load("bench_prefill")
 eval_ppl = load("eval_ppl")
 eval_recall = load("eval_recall")
 
