@@ -30,7 +30,7 @@ from kda_hf import KDAForCausalLM, swap_attention
 from kda_hf.cli import main
 from kda_hf.healing import HealInterrupted, HealSettings, checkpoints, data, heal, log, losses
 from kda_hf.healing import run as healing_run
-from kda_hf.healing.attention import last_hidden_state, packs_rows
+from kda_hf.healing.attention import VARLEN_FITS, last_hidden_state, packed_attention, packs_rows
 
 
 ROOT = Path(__file__).parent.parent
@@ -256,6 +256,25 @@ def test_packed_documents_are_as_alone(teacher, relative_error):
         for start, end in zip(row.cu_seqlens[:-1], row.cu_seqlens[1:], strict=True):
             alone = model(row.input_ids[:, start:end], use_cache=False).logits[0]
             assert relative_error(packed[start:end], alone) < 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen attention runs on a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 8])
+def test_packed_attention_in_one_call_cuda(dtype, window, relative_error):
+    """In half precision, what the calls of each length give in fp32, and their gradients."""
+    row = data.PackedRow([torch.zeros(length) for length in (5, 1, 130, 30, 1, 30)], "cuda")
+    shapes = [(1, 4, len(row), 16), (1, 2, len(row), 16), (1, 2, len(row), 16)]
+    halves = [torch.randn(shape, dtype=dtype, device="cuda").requires_grad_() for shape in shapes]
+    floats = [x.detach().float().requires_grad_() for x in halves]
+    weight = torch.randn(1, len(row), 4, 16, device="cuda")
+    outputs = []
+    for inputs in (halves, floats):
+        outputs.append(packed_attention(None, *inputs, None, packed_row=row, scaling=0.3, sliding_window=window)[0])
+        (outputs[-1].float() * weight).sum().backward()
+    assert VARLEN_FITS and outputs[0].dtype == dtype
+    for half, single in [outputs, *((a.grad, b.grad) for a, b in zip(halves, floats, strict=True))]:
+        assert relative_error(half, single) < 1e-2
 
 
 # --- Losses ----------------------------------------------------------------------------------------------------------
