@@ -52,6 +52,7 @@ def test_gpu_calls_without_extension_and_fla():
 def test_gpu_calls_get_fla_where_installed(with_fla):
     assert backends.select(call()) == "fla"
     assert backends.select(call("recurrent_kda", requires_grad=True)) == "fla"
+    assert backends.select(call("causal_conv1d", requires_grad=True)) == "fla"
     assert backends.select(call("causal_conv1d")) == backends.select(call("fwd")) == "torch"
 
 
@@ -66,7 +67,9 @@ def test_gpu_calls_get_fla_where_installed(with_fla):
         ({"tokens": 0}, "no tokens"),
         ({"intermediate_states": True}, "intermediate states"),
         ({"state_pool": True}, "state_indices"),
-        ({"op": "causal_conv1d"}, "no causal_conv1d"),
+        ({"op": "fwd"}, "no fwd"),
+        ({"op": "causal_conv1d"}, "is for gradients"),
+        ({"op": "causal_conv1d", "requires_grad": True, "conv_states": True}, "an initial or a final state"),
     ],
 )
 def test_fla_refuses(with_fla, change, reason):
@@ -181,7 +184,7 @@ def test_environment(monkeypatch, with_fla):
     assert backends.select(call(), "fla") == "fla"
     monkeypatch.setenv("KDA_HF_BACKEND", "fla")
     assert backends.select(call()) == "fla"
-    assert backends.select(call("causal_conv1d")) == "torch"  # FLA's operators are these two only
+    assert backends.select(call("causal_conv1d")) == "torch"  # without gradients
     with pytest.raises(RuntimeError, match="KDA_HF_BACKEND=fla .*on cpu"):
         run()
     monkeypatch.setenv("KDA_HF_BACKEND", "cuda")

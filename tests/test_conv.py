@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kda_hf import ops
+from kda_hf.ops import fla
 
 
 DEVICE = torch.device("cuda")
@@ -172,3 +173,34 @@ def test_what_the_kernel_lacks_another_backend_serves(monkeypatch):
     monkeypatch.setenv("KDA_HF_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="`weight`"):
         ops.causal_conv1d(**arguments(W=5))
+
+
+@pytest.mark.skipif(fla.VERSION is None or fla.VERSION < (0, 6), reason="needs FLA 0.6")
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("lengths", [None, *PACKINGS.values()], ids=["dense", *PACKINGS])
+def test_gradients_by_fla_cuda(monkeypatch, relative_error, lengths, has_bias, activation):
+    monkeypatch.delenv("KDA_HF_BACKEND")
+    report = ops.backend_report("causal_conv1d", requires_grad=True)
+    assert next(row["backend"] for row in report if row["usable"]) == "fla"
+    call = arguments(weight=torch.float32) if lengths is None else packed(lengths, spare=7, weight=torch.float32)
+    call |= {"initial_state": None, "activation": activation}
+    if not has_bias:
+        call["bias"] = None
+    names = [name for name in ("x", "weight", "bias") if call[name] is not None]
+    leaves = {name: call[name].requires_grad_() for name in names}
+    doubles = {name: x.detach().cpu().double().requires_grad_() for name, x in leaves.items()}
+    others = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in call.items() if name not in leaves}
+    grad = randn(*call["x"].shape, dtype=torch.bfloat16)
+
+    y, state = ops.causal_conv1d(**call)
+    expected, _ = ops.causal_conv1d(**doubles, **others)
+    y.backward(grad)
+    expected.backward(grad.cpu().double())
+    assert state is None and y.dtype == torch.bfloat16
+    assert relative_error(y, expected) < 5e-3
+    for name, leaf in leaves.items():
+        bound = 1e-2 if name == "x" or activation else 5e-3  # FLA rounds what SiLU gets
+        assert relative_error(leaf.grad, doubles[name].grad) < bound, name
+    if lengths is not None:
+        assert (y[:, -7:] == 0).all() and (leaves["x"].grad[:, -7:] == 0).all()

@@ -1200,3 +1200,18 @@ def test_parity_with_fla(lengths, gate):
     for a, b, yardstick in zip(ours, theirs, expected, strict=False):
         assert error(a, b.double()) < 1e-2
         assert error(a, yardstick) <= 1.05 * error(b, yardstick)
+
+
+@pytest.mark.skipif((_fla_version() or (0,)) < (0, 6), reason="needs fla-core 0.6 or newer")
+def test_gradients_by_fla_behind_the_last_sequence():
+    inputs = packed([70, 1, 130], spare=9, H=2, HV=2, state=None)
+    names = ("q", "k", "v", "g", "beta")
+    gradients = []
+    for backend in ("fla", "torch"):
+        leaves = {name: inputs[name].detach().clone().requires_grad_() for name in names}
+        o, _ = ops.chunk_kda(**inputs | leaves, backend=backend)
+        o.float().square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves.values()])
+    for name, ours, expected in zip(names, *gradients, strict=True):
+        assert (ours[:, -9:] == 0).all(), name
+        assert error(ours, expected.double()) < 3e-2, name

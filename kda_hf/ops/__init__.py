@@ -508,11 +508,22 @@ def causal_conv1d(
     checks.conv(x, weight, bias, activation, initial_state, cu_seqlens)
     tensors = (x, weight, bias, initial_state)
     requires_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    call = backends.Call("causal_conv1d", x.device, x.dtype, requires_grad=requires_grad, packed=cu_seqlens is not None)
-    if backends.select(call) == "cuda":
+    call = backends.Call(
+        "causal_conv1d",
+        x.device,
+        x.dtype,
+        requires_grad=requires_grad,
+        tokens=x.shape[1],
+        packed=cu_seqlens is not None,
+        conv_states=initial_state is not None or output_final_state,
+    )
+    backend = backends.select(call)
+    if backend == "cuda":
         results = cuda.causal_conv1d(*tensors, activation, cu_seqlens, output_final_state)
         if not isinstance(results, str):
             return results
-        backends.select(call._replace(extension_refusal=results))
+        backend = backends.select(call._replace(extension_refusal=results))
+    if backend == "fla":
+        return fla.causal_conv1d(x, weight, bias, activation, cu_seqlens), None
     y, final_state = torch.ops.kda_hf.causal_conv1d(*tensors, activation, cu_seqlens, output_final_state)
     return y, final_state if output_final_state else None

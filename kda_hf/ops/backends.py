@@ -15,7 +15,7 @@ BACKENDS = ("cuda", "cpu", "fla", "torch")  # in the order of preference
 OPERATORS = ("fwd", "chunk_kda", "recurrent_kda", "kda_decode_step", "causal_conv1d")
 VARIABLE = "KDA_HF_BACKEND"
 
-FLA_OPERATORS = ("chunk_kda", "recurrent_kda")
+FLA_OPERATORS = ("chunk_kda", "recurrent_kda")  # and, with gradients, `causal_conv1d`
 FLA_DTYPES = (torch.bfloat16, torch.float16)
 FLA_MAX_HEAD_DIM = 256
 FLA_FIRST_VERSION = (0, 6)  # the first to know `state_v_first`; older ones ignore it in silence
@@ -36,6 +36,7 @@ class Call(NamedTuple):
     packed: bool = False
     intermediate_states: bool = False
     token_states: bool = False
+    conv_states: bool = False  # a convolution from a state or to one
     state_pool: bool = False
     mixed_dtypes: bool = False  # k or v differ from q, or g or β from q and float32
     extension_refusal: str | None = None  # what an extension said of these very arguments
@@ -54,7 +55,9 @@ def _refused_by_cuda(call: Call) -> str | None:
 
 
 def _refused_by_fla(call: Call) -> str | None:
-    if call.op not in FLA_OPERATORS:
+    if call.op == "causal_conv1d" and not call.requires_grad:
+        return "FLA's convolution is for gradients"
+    if call.op not in (*FLA_OPERATORS, "causal_conv1d"):
         return f"FLA has no {call.op} with these arguments"
     if call.device.type != "cuda":
         return f"the tensors are on {call.device}"
@@ -74,6 +77,8 @@ def _refused_by_fla(call: Call) -> str | None:
         return "FLA returns intermediate states rounded to the inputs' dtype"
     if call.token_states:
         return "FLA returns no states after every token"
+    if call.conv_states:
+        return "there is an initial or a final state"
     if call.state_pool:
         return "FLA has no state_indices"
     if torch.compiler.is_compiling():

@@ -20,6 +20,45 @@ VERSION = _installed_version()
 is_calling: ContextVar[bool] = ContextVar("is_calling", default=False)  # for integrations/fla.py: FLA is not to ask us
 
 
+class _DefinedGradients(torch.autograd.Function):
+    """Tensors `[1, T, ...]` as they are, whose gradients are zeros where `is_past`: FLA leaves them undefined there."""
+
+    @staticmethod
+    def forward(ctx, is_past, *tensors):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(is_past)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
+        (is_past,) = ctx.saved_tensors
+        return None, *(None if x is None else _zeroed(x, is_past) for x in gradients)
+
+
+def _zeroed(x: torch.Tensor, is_past: torch.Tensor) -> torch.Tensor:
+    return x.masked_fill(is_past.view(-1, *[1] * (x.ndim - 2)), 0)
+
+
+def _past(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Which tokens of x `[1, T, ...]` are behind the last sequence."""
+    return torch.arange(x.shape[1], device=x.device) >= cu_seqlens[-1]
+
+
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    cu_seqlens: torch.Tensor | None,
+) -> torch.Tensor:
+    from fla.modules.causal_conv1d import causal_conv1d as convolve
+
+    if cu_seqlens is None:
+        return convolve(x, weight, bias, activation=activation)[0]
+    is_past = _past(x, cu_seqlens)
+    (x,) = _DefinedGradients.apply(is_past, x)
+    return _zeroed(convolve(x, weight, bias, activation=activation, cu_seqlens=cu_seqlens)[0], is_past)
+
+
 def kda(
     op: str,
     x: KDAInputs,
@@ -30,6 +69,11 @@ def kda(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     from fla.ops.kda import chunk_kda, fused_recurrent_kda
 
+    inputs = x[:5]
+    if x.cu_seqlens is not None:
+        is_past = _past(x.q, x.cu_seqlens)
+        if requires_grad:
+            inputs = _DefinedGradients.apply(is_past, *inputs)
     A_log, dt_bias = x.A_log, x.dt_bias
     if x.use_gate and A_log is None and x.lower_bound is None:
         A_log = torch.zeros(x.v.shape[2], dtype=torch.float32, device=x.v.device)  # FLA's softplus gate needs one
@@ -50,13 +94,11 @@ def kda(
     token = is_calling.set(True)
     try:
         if op == "recurrent_kda" and not requires_grad:
-            o, final_state = fused_recurrent_kda(*x[:5], **options)
+            o, final_state = fused_recurrent_kda(*inputs, **options)
         else:  # FLA's token recurrence has no backward
             safe_gate = safe_gate and x.lower_bound != 0  # FLA excludes a bound of 0
-            o, final_state = chunk_kda(*x[:5], safe_gate=safe_gate, cu_seqlens_cpu=cu_seqlens_cpu, **options)
+            o, final_state = chunk_kda(*inputs, safe_gate=safe_gate, cu_seqlens_cpu=cu_seqlens_cpu, **options)
     finally:
         is_calling.reset(token)
-    if x.cu_seqlens is not None:  # FLA leaves what follows the last sequence undefined
-        is_past = torch.arange(x.q.shape[1], device=x.q.device) >= x.cu_seqlens[-1]
-        o = o.masked_fill(is_past[:, None, None], 0)
-    return o, final_state
+    # FLA leaves what follows the last sequence undefined
+    return o if x.cu_seqlens is None else _zeroed(o, is_past), final_state
