@@ -1,5 +1,7 @@
 """What the tests share: devices, tiny models, the error measure, and the table of what is supported where."""
 
+import importlib
+import inspect
 import json
 import os
 import platform
@@ -21,6 +23,18 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 @pytest.fixture(params=DEVICES)
 def device(request) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture
+def plain_native_operators(monkeypatch):
+    """transformers' KDA layers on their own PyTorch code: where FLA is installed they call its kernels, on a CPU too,
+    and those multiply fp32 in TF32."""
+    for name in ("kimi_linear", "glm5_next", "bailing_hybrid"):
+        if name in transformers.CONFIG_MAPPING:
+            module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+            for operator, function in inspect.getmembers(module, inspect.isfunction):
+                if operator.endswith("_kimi_delta_attention") or operator.startswith("causal_conv1d"):
+                    monkeypatch.setattr(module, operator, inspect.unwrap(function))
 
 
 @pytest.fixture

@@ -32,6 +32,9 @@ LAYER_TYPES = ["linear_attention", "linear_attention", "full_attention", "linear
 VOCABULARY = 160
 
 
+pytestmark = pytest.mark.usefixtures("plain_native_operators")
+
+
 @pytest.fixture(params=MODEL_TYPES)
 def model_type(request):
     return request.param

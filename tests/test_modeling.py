@@ -1,8 +1,5 @@
 """The layer and the models, against transformers' own and against themselves: padded, packed, in pieces, reloaded."""
 
-import inspect
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -47,16 +44,6 @@ def native_pair(gate, device, heads=2, head_dim=32, hidden=64):
     ours.load_state_dict(weights)
     # transformers' layer stays on the CPU, where fp32 is fp32: matrix products of a GPU may be in tf32
     return native.eval(), ours.to(device).eval(), native_config, config
-
-
-@pytest.fixture
-def plain_native_operators(monkeypatch):
-    """transformers' layers on their own PyTorch code: where FLA is installed they call its kernels, on a CPU too."""
-    for _, layer_class in NATIVE.values():
-        module = sys.modules[layer_class.__module__]
-        for name, function in inspect.getmembers(module, inspect.isfunction):
-            if name.endswith("_kimi_delta_attention") or name.startswith("causal_conv1d"):
-                monkeypatch.setattr(module, name, inspect.unwrap(function))
 
 
 @pytest.mark.usefixtures("plain_native_operators")
