@@ -158,7 +158,7 @@ def run_rows(dtype: torch.dtype, M: int, N: int, K: int) -> None:
         return torch.randn(shape).to(dtype).cuda()
 
     linear = torch.ops.kda_hf_cuda.linear
-    x, weight, norm, residual = tensor(M, K), tensor(2 * N, K), tensor(K), tensor(M, 2 * N)
+    x, weight, norm, residual = tensor(M, K), tensor(2 * N, K) / K**0.5, tensor(K), tensor(M, 2 * N)
     out = torch.empty(M, 2 * N, dtype=dtype, device="cuda")
     half = torch.empty(M, N, dtype=dtype, device="cuda")
     of_norm: tuple[torch.Tensor | float | None, ...] = (norm, 1e-6, None)
