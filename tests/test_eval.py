@@ -33,6 +33,7 @@ def load(name):
 load("bench_prefill")
 eval_ppl = load("eval_ppl")
 eval_recall = load("eval_recall")
+eval_chat = load("eval_chat")
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +261,33 @@ def test_recall_script(tmp_path, monkeypatch, capsys):
     for row in result["results"]:
         assert 0 <= row["exact"] <= 1 and 0 <= row["choice"] <= 1 and abs(row["tokens"] - row["length"]) < 40
     assert "choice by chance 25%" in capsys.readouterr().out
+
+
+# --- Answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_perplexity_of_an_answer_is_given_the_question():
+    model, ids, tokens = llama(), [5, 6, 7], [1, 2, 3, 4]
+    with torch.no_grad():
+        table = model(torch.tensor([ids + tokens])).logits[0].log_softmax(-1)
+    expected = -sum(float(table[2 + i, token]) for i, token in enumerate(tokens)) / 4
+    assert eval_chat.perplexity(model, ids, tokens) == pytest.approx(math.exp(expected), rel=1e-4)
+    assert eval_chat.perplexity(model, ids, []) is None
+
+
+def test_chat_script(tmp_path, monkeypatch, capsys):
+    (tmp_path / "questions.txt").write_text("Who are you?\n\n  Why?  \n")
+    monkeypatch.chdir(tmp_path)
+    options = "--prompts questions.txt --new 5 --device cpu --json chat.json"
+    monkeypatch.setattr(sys, "argv", ["eval_chat.py", str(MODEL), str(MODEL), *options.split()])
+    eval_chat.main()
+    result = json.loads((tmp_path / "chat.json").read_text())
+    assert {"device", "commit", "date"} <= result.keys() and result["options"]["prompts"] == "questions.txt"
+    assert [row["prompt"] for row in result["results"]] == ["Who are you?", "Why?"] * 2
+    assert result["results"][:2] == result["results"][2:]  # the same model answers the same
+    assert all(1 <= row["tokens"] <= 5 and row["perplexity"] >= 1 for row in result["results"])
+    assert "perplexity by the first" in capsys.readouterr().out
+
+    (tmp_path / "questions.txt").write_text("\n")
+    with pytest.raises(SystemExit, match="eval_chat: --prompts: questions.txt has no line"):
+        eval_chat.main()

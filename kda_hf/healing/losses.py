@@ -39,8 +39,9 @@ def divergence(
         student_logits, teacher_logits (`torch.Tensor` of shape `[T, vocab_size]`).
         labels (`torch.Tensor` of shape `[T]`, int64): the tokens that follow; -100 for none.
     """
-    student = student_logits.float().log_softmax(-1)
-    teacher = teacher_logits.float().log_softmax(-1)
+    # A dtype for the softmax, rather than of its input: the logits exist in fp32 once less
+    student = student_logits.log_softmax(-1, dtype=torch.float32)
+    teacher = teacher_logits.log_softmax(-1, dtype=torch.float32)
     loss = nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
     if cross_entropy:
         loss = loss + cross_entropy * nn.functional.nll_loss(student, labels, reduction="sum", ignore_index=-100)

