@@ -2,6 +2,7 @@
 """Build the training text of `kda-hf-tiny` from Debian packages.
 
     python scripts/train/prepare_corpus.py --out .data            # downloads, about ten minutes on two cores
+    python scripts/train/prepare_corpus.py --out .data --caps 4   # for healing: more manuals
     python scripts/train/prepare_corpus.py --out .data --only r-cran-janeaustenr --sample 5
 
 Each package of `PACKAGES` is fetched with `apt-get download` and read as a stream: nothing is installed or unpacked.
@@ -423,6 +424,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".data"), help="working directory (default: .data)")
     parser.add_argument("--only", nargs="*", help="packages to read, to look at them (default: all)")
     parser.add_argument("--sample", type=int, default=0, help="print this many blocks of each package; write nothing")
+    parser.add_argument("--caps", type=float, default=1.0, help="keep so many times as much of large packages")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
 
@@ -445,11 +447,12 @@ def main() -> None:
                         seen.add(key)
                         fresh.append(paragraph)
                 blocks.extend(into_blocks(fresh))
-            if sum(map(len, blocks)) > package.cap:  # keep a deterministic choice of the blocks, in their order
+            cap = package.cap * args.caps
+            if sum(map(len, blocks)) > cap:  # keep a deterministic choice of the blocks, in their order
                 kept, size = set(), 0
                 for block in sorted(blocks, key=digest):
                     size += len(block)
-                    if size <= package.cap:
+                    if size <= cap:
                         kept.add(block)
                 blocks = [block for block in blocks if block in kept]
             if args.sample:
