@@ -28,9 +28,10 @@ from transformers import (
 
 from kda_hf import KDAForCausalLM, swap_attention
 from kda_hf.cli import main
-from kda_hf.healing import HealInterrupted, HealSettings, checkpoints, data, heal, log, losses
+from kda_hf.healing import HealInterrupted, HealSettings, checkpoints, data, graphs, heal, log, losses
 from kda_hf.healing import run as healing_run
 from kda_hf.healing.attention import VARLEN_FITS, last_hidden_state, packed_attention, packs_rows
+from kda_hf.ops import fla
 
 
 ROOT = Path(__file__).parent.parent
@@ -347,6 +348,122 @@ def test_losses_are_finite_for_short_documents(lengths):
         assert losses.layer_matching(teacher, student, row, accumulate).isfinite().all()
         assert losses.logit_matching(teacher, student, row, accumulate, cross_entropy=1.0).isfinite()
     assert all(parameter.grad.isfinite().all() for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_row_of_fixed_shape_counts_its_documents_alone(stage):
+    """Whatever fills it up, before and behind, and also after other documents were in it."""
+    teacher, documents = llama(), [torch.randint(97, (length,)) for length in (9, 1, 14)]
+    fixed = data.FixedRow(40, 6, 20)
+    fixed.fill([torch.randint(97, (length,)) for length in (20, 3, 2, 1, 14)])
+    fixed.fill(documents)
+    assert fixed.holds([torch.zeros(1)] * 6) and fixed.holds([torch.zeros(20)] * 2)
+    assert not any(fixed.holds(x) for x in ([torch.zeros(1)] * 7, [torch.zeros(21)], [torch.zeros(14)] * 3))
+    results, students = [], [swapped(teacher), swapped(teacher)]
+    for row, student in zip((data.PackedRow(documents), fixed), students, strict=True):
+        with packs_rows(teacher, student):
+            if stage == 1:
+                results.append(losses.layer_matching(teacher, student, row, accumulate))
+            else:
+                results.append(losses.logit_matching(teacher, student, row, accumulate, chunk=16, cross_entropy=0.5))
+    torch.testing.assert_close(*results)
+    for (name, a), b in zip(students[0].named_parameters(), students[1].parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("lengths", [(70, 0, 1, 64, 65), (0, 0), (200,), (0, 3)])
+def test_blocks_of_a_fixed_shape(lengths):
+    """Each block of each sequence once, and then some that are behind the end of any."""
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    blocks = fla._blocks(bounds.int(), 200).tolist()
+    expected = [[i, block] for i, length in enumerate(lengths) for block in range(-(-length // fla.CHUNK))]
+    assert blocks[: len(expected)] == expected and len(blocks) == 4 + len(lengths) - 1
+    assert all(block * fla.CHUNK >= 200 for _, block in blocks[len(expected) :])
+
+
+class Again(graphs.GraphedRow):
+    """Computes what it would have captured."""
+
+    def _capture(self, compute):
+        self.compute = compute
+        compute()  # leaves gradients behind, as a capture does
+
+    def replay(self):
+        self.loss = self.compute()
+
+
+def test_a_run_by_graphs(settings, monkeypatch):
+    """As one without: also where the documents of some rows do not fit, and after a resume."""
+    plain = heal(settings(gradient_accumulation=2))
+    out, update, holds = plain.parent.with_name("graphs"), healing_run.Healing._update, data.FixedRow.holds
+    held = []
+
+    def interrupted(self):
+        result = update(self)
+        if (self.stage, self.step) == (2, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    def holds_few(row, documents):
+        held.append(holds(row, documents) and len(documents) < 4)
+        return held[-1]
+
+    monkeypatch.setattr(healing_run, "can_capture", lambda device, autocast, dropout: True)
+    monkeypatch.setattr(graphs, "GraphedRow", Again)
+    monkeypatch.setattr(data.FixedRow, "holds", holds_few)
+    with monkeypatch.context() as patch:
+        patch.setattr(healing_run.Healing, "_update", interrupted)
+        with pytest.raises(HealInterrupted):
+            heal(settings(gradient_accumulation=2, out=out))
+    again = heal(settings(gradient_accumulation=2, out=out, resume=True))
+    assert len(held) == 24 and any(held) and not all(held)
+    for name, weight in weights_of(plain).items():
+        torch.testing.assert_close(weights_of(again)[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_run_where_no_graph_can_be_captured(settings, monkeypatch, caplog):
+    def fails(self, compute):
+        compute()
+        raise RuntimeError("no such memory")
+
+    monkeypatch.setattr(healing_run, "can_capture", lambda device, autocast, dropout: True)
+    monkeypatch.setattr(graphs.GraphedRow, "_capture", fails)
+    path = heal(settings())
+    assert "healing goes on without CUDA graphs: no such memory" in caplog.text
+    monkeypatch.undo()
+    plain = heal(settings(out=path.parent.with_name("plain")))
+    assert identical(weights_of(path), weights_of(plain))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or (fla.VERSION or (0,)) < (0, 6), reason="needs a GPU and FLA 0.6")
+def test_graphs_on_a_gpu_cuda(workshop, tmp_path):
+    """Losses of a run by graphs are those of one without."""
+    teacher = llama(hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
+    teacher.save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "teacher")
+    values = []
+    for eager in (False, True):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        run = healing_run.Healing(
+            settings_for(
+                workshop,
+                tmp_path / f"out{eager}",
+                teacher=str(tmp_path / "teacher"),
+                student=None,
+                layers="0,2",
+                cpu=False,
+                eager=eager,
+                max_length=90,
+                tokens_per_batch=512,
+            )
+        )
+        run.run()
+        assert (run.graphed is None) == eager
+        values.append([float(row["loss"]) for row in log.read_log(tmp_path / f"out{eager}" / "log.csv")])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert values[0] == pytest.approx(values[1], rel=0.05)
 
 
 def test_losses_are_finite_at_the_edges():

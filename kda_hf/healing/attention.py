@@ -10,7 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .data import PackedRow
+from ..ops.fla import defined_gradients, zeroed
+from .data import FixedRow, PackedRow
 
 
 NAME = "kda_hf_packed"
@@ -50,11 +51,15 @@ def packed_attention(
     if VARLEN_FITS and query.is_cuda and query.dtype in HALVES and not dropout and query.shape[-1] in VARLEN_HEADS:
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        q, k, v = (x[0].transpose(0, 1).to(query.dtype) for x in (query, key, value))
+        tensors = tuple(x.transpose(1, 2).to(query.dtype) for x in (query, key, value))
         cu_seqlens, longest = packed_row.cu_seqlens.int(), max(lengths)
+        if isinstance(packed_row, FixedRow):  # what is behind the documents is undefined, forward and backward
+            longest, is_past = packed_row.max_length, ~packed_row.valid
+            tensors = defined_gradients(is_past, *tensors)
+        q, k, v = (x[0] for x in tensors)
         window = (-1 if sliding_window is None else sliding_window - 1, 0)  # keys before a token's own, and after it
-        output = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=window)
-        return output[None], None
+        output = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=window)[None]
+        return zeroed(output, is_past) if isinstance(packed_row, FixedRow) else output, None
 
     documents = [x.split(lengths, dim=2) for x in (query, key, value)]
     outputs: list[Any] = [None] * len(lengths)

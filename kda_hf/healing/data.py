@@ -244,20 +244,65 @@ class PackedRow:
     Documents one after the other in a row of T tokens, and what models need to keep them apart.
 
     Attributes:
+        tokens (`int` or `torch.Tensor`, a scalar): how many of the T there are.
+        valid (`torch.Tensor` of shape `[T]`, bool, *optional*): which of them; None for all.
         input_ids (`torch.Tensor` of shape `[1, T]`, int64).
         position_ids (`torch.Tensor` of shape `[1, T]`, int64): starts at zero in each document.
         cu_seqlens (`torch.Tensor` of shape `[N + 1]`, int64): the boundaries.
         lengths (`list[int]`): of the N documents.
     """
 
+    valid: torch.Tensor | None = None
+    tokens: int | torch.Tensor
+
     def __init__(self, documents: Sequence[torch.Tensor], device: torch.device | str = "cpu"):
         self.lengths = [len(document) for document in documents]
         self.input_ids = torch.cat(list(documents)).long()[None].to(device)
         self.position_ids = torch.cat([torch.arange(length) for length in self.lengths])[None].to(device)
         self.cu_seqlens = torch.tensor([0, *self.lengths]).cumsum(0).to(device)
+        self.tokens = len(self)
 
     def __len__(self) -> int:
         return self.input_ids.shape[1]
+
+
+class FixedRow(PackedRow):
+    """
+    A row at a fixed place, of one shape whatever documents it holds, so that a CUDA graph can read it: tokens of no
+    document fill it up at its end, and empty documents `cu_seqlens`.
+
+    Args:
+        tokens: T.
+        documents: the most that it can hold, N.
+        max_length: of a document.
+    """
+
+    valid: torch.Tensor
+    tokens: torch.Tensor
+
+    def __init__(self, tokens: int, documents: int, max_length: int, device: torch.device | str = "cpu"):
+        super().__init__([torch.zeros(tokens, dtype=torch.int64)], device)
+        self.documents, self.max_length = documents, max_length
+        self.cu_seqlens = torch.zeros(documents + 1, dtype=torch.int64, device=device)
+        self.valid = torch.zeros(tokens, dtype=torch.bool, device=device)
+        self.tokens = torch.zeros((), device=device)
+
+    def holds(self, documents: Sequence[torch.Tensor]) -> bool:
+        """Whether there is room for these."""
+        lengths = [len(document) for document in documents]
+        return len(lengths) <= self.documents and sum(lengths) <= len(self) and max(lengths) <= self.max_length
+
+    def fill(self, documents: Sequence[torch.Tensor]) -> None:
+        """Puts these documents in place of those before."""
+        row = PackedRow(documents)
+        size, spare = len(row), len(self) - len(row)
+        self.lengths = [*row.lengths, spare] if spare else row.lengths
+        pad = torch.nn.functional.pad
+        self.input_ids.copy_(pad(row.input_ids, (0, spare)))
+        self.position_ids.copy_(pad(row.position_ids, (0, spare)))
+        self.cu_seqlens.copy_(pad(row.cu_seqlens, (0, len(self.cu_seqlens) - len(row.cu_seqlens)), value=size))
+        self.valid.copy_(torch.arange(len(self)) < size)
+        self.tokens.fill_(size)
 
 
 def pack(

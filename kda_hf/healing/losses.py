@@ -20,29 +20,37 @@ def swapped_layers(student: KDAForCausalLM) -> list[int]:
     return [i for i, layer in enumerate(student.model.layers) if layer.layer_type == "linear_attention"]
 
 
-def output_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def output_error(output: torch.Tensor, target: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
     """`‖output − target‖² / ‖target‖²` over all elements, in fp32: 1 for an output of zeros, whatever the layer's
-    scale. Finite where the target is all zeros."""
+    scale. Finite where the target is all zeros. Of tokens that are not `valid` `[T]`, nothing counts."""
     target = target.float()
+    if valid is not None:
+        output, target = (x.masked_fill(~valid[:, None], 0) for x in (output, target))
     scale = target.square().sum().clamp_min(1e-12 * target.numel())
     return (output.float() - target).square().sum() / scale
 
 
 def divergence(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor, cross_entropy: float = 0.0
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    cross_entropy: float = 0.0,
+    valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    The sum over T tokens of KL(teacher ‖ student), plus `cross_entropy` times that of the labels' negative
-    log-probability, in fp32.
+    The sum over T tokens, or those that are `valid`, of KL(teacher ‖ student), plus `cross_entropy` times that of the
+    labels' negative log-probability, in fp32.
 
     Args:
         student_logits, teacher_logits (`torch.Tensor` of shape `[T, vocab_size]`).
         labels (`torch.Tensor` of shape `[T]`, int64): the tokens that follow; -100 for none.
+        valid (`torch.Tensor` of shape `[T]`, bool, *optional*).
     """
     # A dtype for the softmax, rather than of its input: the logits exist in fp32 once less
     student = student_logits.log_softmax(-1, dtype=torch.float32)
     teacher = teacher_logits.log_softmax(-1, dtype=torch.float32)
-    loss = nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
+    loss = nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    loss = (loss if valid is None else loss.masked_fill(~valid, 0)).sum()
     if cross_entropy:
         loss = loss + cross_entropy * nn.functional.nll_loss(student, labels, reduction="sum", ignore_index=-100)
     return loss
@@ -52,8 +60,8 @@ def next_tokens(row: PackedRow) -> torch.Tensor:
     """The labels `[T]` of a packed row: the last token of a document has none."""
     ids = row.input_ids[0]
     labels = torch.cat([ids[1:], ids.new_full((1,), -100)])
-    labels[row.cu_seqlens[1:] - 1] = -100
-    return labels
+    labels.index_fill_(0, row.cu_seqlens[1:] - 1, -100)
+    return labels if row.valid is None else labels.masked_fill(~row.valid, -100)
 
 
 @contextmanager
@@ -98,7 +106,8 @@ def layer_matching(
     errors = []
     for index in layers:
         inputs, target = records.pop(index)
-        error = output_error(student.model.layers[index].linear_attn(inputs, cu_seqlens=row.cu_seqlens), target)
+        output = student.model.layers[index].linear_attn(inputs, cu_seqlens=row.cu_seqlens)
+        error = output_error(output, target, row.valid)
         if backward is not None:
             backward(error / len(layers))
         errors.append(error.detach())
@@ -136,7 +145,8 @@ def logit_matching(
         with torch.no_grad():
             teacher_logits = teacher.get_output_embeddings()(teacher_states[part])
         logits = student.lm_head(leaf[part])
-        loss = divergence(logits, teacher_logits, labels[part], cross_entropy) / len(row)
+        valid = None if row.valid is None else row.valid[part]
+        loss = divergence(logits, teacher_logits, labels[part], cross_entropy, valid) / row.tokens
         if backward is not None:
             backward(loss)
         total += loss.detach()

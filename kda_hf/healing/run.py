@@ -20,7 +20,8 @@ from ..modeling_kda import KDAForCausalLM
 from ..swap import swap_attention
 from .attention import packs_rows
 from .checkpoints import HealInterrupted, Interruption, checkpoints, load_checkpoint, save_checkpoint
-from .data import Corpus, PackedRow, RowStream, cached_tokens, hold_out, pack, read_documents, write_documents
+from .data import Corpus, FixedRow, PackedRow, RowStream, cached_tokens, hold_out, pack, read_documents, write_documents
+from .graphs import GraphedRow, can_capture, captured
 from .log import Log, plot_log, require_matplotlib
 from .losses import layer_matching, logit_matching, swapped_layers
 from .settings import HealSettings
@@ -128,6 +129,7 @@ class Healing:
         self.stage, self.step = settings.stages[0], 0
         self.tokens, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
         self.optimizer: torch.optim.Optimizer | None = None
+        self.graphed: GraphedRow | None = None  # of this stage
         self.stream = RowStream(self.train_data, settings.max_length, settings.tokens_per_batch, settings.seed)
 
     @property
@@ -266,6 +268,26 @@ class Healing:
         if self.settings.gradient_checkpointing and self.stage == 2:
             self.student.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = make_optimizer(self.student, self._stage("lr"), self.settings.weight_decay)
+        self.student.zero_grad(set_to_none=True)
+        self.graphed = self._captured()
+
+    def _captured(self) -> GraphedRow | None:
+        """The gradients of a row as a CUDA graph, where that can be."""
+        settings = self.settings
+        self.graphed = None  # its memory is free for the next one
+        bf16 = self.accelerator.mixed_precision == "bf16"
+        if (
+            settings.eager
+            or (settings.gradient_checkpointing and self.stage == 2)
+            or not can_capture(self.device, bf16, self.student.config.attention_dropout)
+        ):
+            return None
+        documents = max(map(len, self.stream.rows))  # another order may need some more; a row that does goes without
+        row = FixedRow(settings.tokens_per_batch, documents + 8, settings.max_length, self.device)
+        row.fill([torch.zeros(settings.max_length, dtype=torch.int64)])
+        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        with packs_rows(self.teacher, self.student):
+            return captured(self._loss, row, trained)
 
     def _stage(self, name: str) -> Any:
         return getattr(self.settings, f"stage{self.stage}_{name}")
@@ -306,10 +328,11 @@ class Healing:
         losses = torch.zeros(len(swapped_layers(self.student)) if self.stage == 1 else 1, device=self.device)
         for row in rows[rank::processes]:
             share = _size(row) / tokens
-            losses += share * self._loss(self._packed(self.train_data, row), share)
+            losses += share * self._with_gradients(row, share)
         trained = [parameter for parameter in self.student.parameters() if parameter.grad is not None]
         if processes > 1:
-            for tensor in (losses, *(parameter.grad for parameter in trained)):
+            gradients = [parameter.grad for parameter in trained] if self.graphed is None else [self.graphed.gradients]
+            for tensor in (losses, *gradients):
                 torch.distributed.all_reduce(tensor)
         norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm))
         if math.isfinite(norm):
@@ -318,7 +341,10 @@ class Healing:
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.graphed is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.graphed.gradients.zero_()
         self.step += 1
         self.tokens += tokens
         values = losses.tolist()
@@ -343,7 +369,14 @@ class Healing:
         }
         return loss, values if self.stage == 1 else None, line
 
-    def _loss(self, row: PackedRow, share: float | None = None) -> torch.Tensor:
+    def _with_gradients(self, row: list[tuple[int, int]], share: float) -> torch.Tensor:
+        """The loss on a row of the training data; so much of its gradients is added."""
+        documents = [self.train_data.ids[start:end] for start, end in row]
+        if self.graphed is not None and self.graphed.row.holds(documents):
+            return self.graphed(documents, share)
+        return self._loss(PackedRow(documents, self.device), share)
+
+    def _loss(self, row: PackedRow, share: float | torch.Tensor | None = None) -> torch.Tensor:
         """The stage's loss on a row, `[layers]` or a scalar; with `share`, the gradients of so much of it are added."""
 
         def add_gradients(loss):

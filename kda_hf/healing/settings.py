@@ -9,7 +9,7 @@ from typing import Any
 # What may differ between a run and its continuation: where things are, and what leaves no trace in the weights
 FREE = {
     *("teacher", "gguf_file", "student", "data", "out", "plot"),
-    *("resume", "keep", "save_every", "save_dtype", "eval_every", "eval_tokens", "max_skipped"),
+    *("eager", "resume", "keep", "save_every", "save_dtype", "eval_every", "eval_tokens", "max_skipped"),
 }
 
 
@@ -70,6 +70,7 @@ class HealSettings:
     )
     cpu: bool = _option(False, "run on the CPU even if there is a GPU")
     gradient_checkpointing: bool = _option(False, "keep less for the backward pass of stage 2, compute it again")
+    eager: bool = _option(False, "without CUDA graphs, which capture an update's gradients where FLA 0.6 is installed")
     logits_chunk: int = _option(1024, "logits of so many tokens at a time in stage 2 (default: 1024)")
 
     save_every: int = _option(200, "updates between checkpoints (default: 200)")

@@ -83,7 +83,7 @@ def _refused_by_fla(call: Call) -> str | None:
         return "FLA has no state_indices"
     if torch.compiler.is_compiling():
         return "FLA's operators do not trace in torch.compile"
-    if call.packed and torch.cuda.is_current_stream_capturing():
+    if call.packed and torch.cuda.is_current_stream_capturing() and not fla.has_fixed_shapes():
         return "FLA reads cu_seqlens on the host, which a CUDA graph cannot capture"
     return None
 

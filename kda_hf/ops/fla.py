@@ -1,5 +1,7 @@
 """FLA's Triton kernels (`fla.ops.kda`) behind our arguments."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import metadata
 
@@ -18,6 +20,23 @@ def _installed_version() -> tuple[int, ...] | None:
 
 VERSION = _installed_version()
 is_calling: ContextVar[bool] = ContextVar("is_calling", default=False)  # for integrations/fla.py: FLA is not to ask us
+_fixed_shapes: ContextVar[bool] = ContextVar("fixed_shapes", default=False)
+CHUNK = 64  # tokens of a block of FLA's convolution
+
+
+@contextmanager
+def fixed_shapes() -> Iterator[None]:
+    """Within, packed calls do nothing that depends on what `cu_seqlens` holds, so that a CUDA graph can capture them:
+    FLA plans for as many blocks as there can be, where it would read the lengths on the host."""
+    token = _fixed_shapes.set(True)
+    try:
+        yield
+    finally:
+        _fixed_shapes.reset(token)
+
+
+def has_fixed_shapes() -> bool:
+    return _fixed_shapes.get()
 
 
 class _DefinedGradients(torch.autograd.Function):
@@ -31,16 +50,34 @@ class _DefinedGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
         (is_past,) = ctx.saved_tensors
-        return None, *(None if x is None else _zeroed(x, is_past) for x in gradients)
+        return None, *(None if x is None else zeroed(x, is_past) for x in gradients)
 
 
-def _zeroed(x: torch.Tensor, is_past: torch.Tensor) -> torch.Tensor:
+def defined_gradients(is_past: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return _DefinedGradients.apply(is_past, *tensors)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def zeroed(x: torch.Tensor, is_past: torch.Tensor) -> torch.Tensor:
+    """x `[1, T, ...]` with zeros where `is_past` `[T]`."""
     return x.masked_fill(is_past.view(-1, *[1] * (x.ndim - 2)), 0)
 
 
 def _past(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Which tokens of x `[1, T, ...]` are behind the last sequence."""
     return torch.arange(x.shape[1], device=x.device) >= cu_seqlens[-1]
+
+
+def _blocks(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Sequence and place in it of each block of FLA's convolution, as many as there can be. Those too many are of the
+    last sequence, and behind its end."""
+    sequences = len(cu_seqlens) - 1
+    counts = (cu_seqlens.diff() + CHUNK - 1).div(CHUNK, rounding_mode="floor")
+    ends = counts.cumsum(0)
+    most = (tokens + CHUNK - 1) // CHUNK
+    block = torch.arange(most + sequences - 1, device=cu_seqlens.device)
+    sequence = torch.searchsorted(ends, block, right=True).clamp(max=sequences - 1)
+    place = block - (ends - counts)[sequence]
+    return torch.stack((sequence, torch.where(block < ends[-1], place, most)), 1).to(cu_seqlens.dtype)
 
 
 def causal_conv1d(
@@ -55,8 +92,10 @@ def causal_conv1d(
     if cu_seqlens is None:
         return convolve(x, weight, bias, activation=activation)[0]
     is_past = _past(x, cu_seqlens)
-    (x,) = _DefinedGradients.apply(is_past, x)
-    return _zeroed(convolve(x, weight, bias, activation=activation, cu_seqlens=cu_seqlens)[0], is_past)
+    (x,) = defined_gradients(is_past, x)
+    options = {"chunk_indices": _blocks(cu_seqlens, x.shape[1])} if has_fixed_shapes() else {}
+    y, _ = convolve(x, weight, bias, activation=activation, cu_seqlens=cu_seqlens, **options)
+    return zeroed(y, is_past)
 
 
 def kda(
@@ -73,7 +112,7 @@ def kda(
     if x.cu_seqlens is not None:
         is_past = _past(x.q, x.cu_seqlens)
         if requires_grad:
-            inputs = _DefinedGradients.apply(is_past, *inputs)
+            inputs = defined_gradients(is_past, *inputs)
     A_log, dt_bias = x.A_log, x.dt_bias
     if x.use_gate and A_log is None and x.lower_bound is None:
         A_log = torch.zeros(x.v.shape[2], dtype=torch.float32, device=x.v.device)  # FLA's softplus gate needs one
@@ -97,8 +136,10 @@ def kda(
             o, final_state = fused_recurrent_kda(*inputs, **options)
         else:  # FLA's token recurrence has no backward
             safe_gate = safe_gate and x.lower_bound != 0  # FLA excludes a bound of 0
+            if x.cu_seqlens is not None and has_fixed_shapes():
+                options["use_graph"] = True
             o, final_state = chunk_kda(*inputs, safe_gate=safe_gate, cu_seqlens_cpu=cu_seqlens_cpu, **options)
     finally:
         is_calling.reset(token)
     # FLA leaves what follows the last sequence undefined
-    return o if x.cu_seqlens is None else _zeroed(o, is_past), final_state
+    return o if x.cu_seqlens is None else zeroed(o, is_past), final_state
