@@ -25,8 +25,8 @@ if [ ! -e "$sampled/done" ]; then
   say "sampling"
   writers=()
   for gpu in "${gpus[@]}"; do
-    CUDA_VISIBLE_DEVICES=$gpu python3 "$here/sample_text.py" "$original" --documents 2048 --conversations 6144 \
-      --batch 2048 --max-tokens 768 --minutes "${SAMPLE_MINUTES:-1}" --seed "$gpu" --overwrite \
+    CUDA_VISIBLE_DEVICES=$gpu python3 "$here/sample_text.py" "$original" --documents 4096 --conversations 12288 \
+      --batch 4096 --max-tokens 640 --minutes "${SAMPLE_MINUTES:-1}" --seed "$gpu" --overwrite \
       --out "$sampled/$gpu.jsonl" > "$sampled/$gpu.log" 2>&1 &
     writers+=($!)
   done
