@@ -25,6 +25,7 @@ from kda_hf.healing import load_causal_lm
 from kda_hf.healing.attention import packs_rows
 from kda_hf.healing.data import PackedRow, pack, tokenize
 from kda_hf.healing.losses import logit_matching, swapped_layers
+from kda_hf.swap import parse_layers
 
 
 def with_layers(original: Any, healed: KDAForCausalLM, layers: list[int]) -> KDAForCausalLM:
@@ -67,6 +68,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=16384, help="of the text, which is cut there")
     parser.add_argument("--max-length", type=int, default=2048, help="longer documents are cut into pieces")
     parser.add_argument("--count", type=int, help="how many layers to swap (default: those of the healed model)")
+    parser.add_argument("--beside", nargs="*", default=[], help="other choices to measure, as 3:1, all or 0,1,2")
     parser.add_argument("--out", type=Path, help="directory for the model with these layers")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it is not empty")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -89,6 +91,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     count = len(swapped_layers(healed)) if args.count is None else args.count
     if not 1 <= count <= len(swapped_layers(healed)):
         raise ValueError(f"--count: {args.healed} has {len(swapped_layers(healed))} swapped layers, got {count}")
+    others = {name: parse_layers(name, healed.config.num_hidden_layers) for name in args.beside}
+    for name, other in others.items():
+        if not set(other) <= set(swapped_layers(healed)):
+            raise ValueError(f"--beside: not all layers of {name} are swapped in {args.healed}")
     corpus = tokenize(documents_of(args), tokenizer)
     corpus = corpus._replace(ids=corpus.ids[: args.max_tokens], bounds=corpus.bounds.clamp(max=args.max_tokens))
     length = args.max_length
@@ -106,6 +112,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     model = with_layers(original, healed, layers)
     together = divergence(original, model, rows)
     print(f"--layers {','.join(map(str, layers))}: {together:.4f} nats together")
+    beside = {name: divergence(original, with_layers(original, healed, other), rows) for name, other in others.items()}
+    for name, loss in beside.items():
+        print(f"--layers {name}: {loss:.4f} nats")
     if args.out is not None:
         write(args.original, args.healed, layers, args.out.resolve())
     options = {name: value for name, value in vars(args).items() if name not in ("json", "out")}
@@ -115,6 +124,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "layers": [{"layer": index, "nats": loss} for index, loss in ranking],
         "chosen": layers,
         "nats": together,
+        "beside": beside,
     }
 
 

@@ -315,11 +315,12 @@ def test_choose_layers(tmp_path, monkeypatch, capsys, tokenizer):
     monkeypatch.chdir(tmp_path)
     options = f"--text {MODEL / 'heldout.txt'} --max-tokens 300 --max-length 64 --device cpu --json layers.json"
     run = ["choose_layers.py", "original", "healed", *options.split()]
-    monkeypatch.setattr(sys, "argv", [*run, "--count", "2", "--out", "chosen"])
+    monkeypatch.setattr(sys, "argv", [*run, "--count", "2", "--out", "chosen", "--beside", "1", "all"])
     choose_layers.main()
     result = json.loads((tmp_path / "layers.json").read_text())
     assert result["layers"][0] == {"layer": 1, "nats": pytest.approx(0, abs=1e-6)}
     assert [row["nats"] for row in result["layers"]] == sorted(row["nats"] for row in result["layers"])
+    assert result["beside"]["1"] < 1e-6 < result["nats"] < result["beside"]["all"]
     assert result["tokens"] == 300 and len(result["chosen"]) == 2 and 1 in result["chosen"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "chosen")
     other = next(i for i in result["chosen"] if i != 1)
@@ -333,6 +334,7 @@ def test_choose_layers(tmp_path, monkeypatch, capsys, tokenizer):
     for options, message in (
         (["--count", "4"], "--count: healed has 3 swapped layers, got 4"),
         (["--out", "chosen"], "chosen is not empty"),
+        (["--beside", "0,7"], "must be indices from 0 to 2"),
     ):
         monkeypatch.setattr(sys, "argv", [*run, *options])
         with pytest.raises(SystemExit, match=message):
