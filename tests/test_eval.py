@@ -1,6 +1,5 @@
 """The evaluations of healed models: perplexity by length of the context, and recall of a fact."""
 
-import importlib.util
 import json
 import math
 import random
@@ -10,6 +9,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import choose_layers
+import eval_chat
+import eval_ppl
+import eval_recall
 import pytest
 import torch
 from torch import nn
@@ -20,21 +23,6 @@ from kda_hf import swap_attention
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models" / "kda-hf-tiny"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # that scripts import each other
-    spec.loader.exec_module(module)
-    return module
-
-
-load("bench_prefill")
-eval_ppl = load("eval_ppl")
-eval_recall = load("eval_recall")
-eval_chat = load("eval_chat")
-choose_layers = load("choose_layers")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The script that lets a model write the text that another is healed on."""
 
-import importlib.util
 import io
 import json
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sample_text
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,19 +25,6 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # that scripts import each other
-    spec.loader.exec_module(module)
-    return module
-
-
-load("bench_prefill")
-load("eval_ppl")
-sample_text = load("sample_text")
 
 
 def make_tokenizer(template=TEMPLATE):

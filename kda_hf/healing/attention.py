@@ -15,8 +15,8 @@ from .data import FixedRow, PackedRow
 
 
 NAME = "kda_hf_packed"
-# The arguments still change from one version of torch to the next
 HALVES, VARLEN_HEADS = (torch.bfloat16, torch.float16), range(8, 257, 8)
+# Its arguments still change from one version of torch to the next
 VARLEN_FITS = "window_size" in inspect.signature(varlen_attn).parameters
 
 
