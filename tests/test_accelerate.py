@@ -8,6 +8,8 @@ import accelerate as hf_accelerate
 import pytest
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache, TextStreamer
 
 import kda_hf
@@ -15,6 +17,7 @@ from kda_hf import KDACache, cli, decode_graph, decoding
 from kda_hf.generation import CACHE_NAME
 from kda_hf.integrations import native
 from kda_hf.integrations.accelerated import AcceleratedModel
+from kda_hf.integrations.wide_keys import WideKeyAttention, wide_key_attention
 from kda_hf.layer import KDALayer
 
 
@@ -191,6 +194,22 @@ def test_bf16_on_a_gpu(model_type, relative_error):
     stepped = torch.cat([forward(model, ids[:, t : t + 1], cache) for t in range(280, 300)], 1).float().log_softmax(-1)
     divergence = (expected[:, 280:].exp() * (expected[:, 280:] - stepped)).sum(-1)
     assert divergence.mean() < 1e-3, divergence.mean()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [2, 321])
+def test_keys_wider_than_values_on_a_gpu(dtype, tokens, relative_error):
+    query, key = (torch.randn(2, 3, tokens, 192, device="cuda", dtype=dtype) for _ in "qk")
+    value = torch.randn(2, 3, tokens, 128, device="cuda", dtype=dtype)
+    wide = torch.nn.Module()
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):  # fails where that can't be taken
+        actual, _ = wide_key_attention(wide, query, key, value, None, scaling=0.1)
+    expected = scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), scale=0.1, is_causal=True
+    ).transpose(1, 2)
+    assert actual.shape == (2, tokens, 3, 128) and actual.dtype == dtype
+    assert relative_error(actual, expected) < 5e-3
 
 
 # ----------------------------------------------------------------------------------------------------------- generate()
@@ -457,9 +476,13 @@ def test_undo(model_type, device):
     expected = generate(model, ids)
     before = state_of(model)
     assert kda_hf.accelerate(model) is model
-    kinds = {type(module).__name__ for module in model.modules() if isinstance(module, KDALayer)}
-    assert set(model.replaced.values()) == kinds and len(model.replaced) == 3
-    assert kda_hf.accelerate(model) is model and len(model.replaced) == 3  # twice is once
+    changed = {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, (KDALayer, WideKeyAttention))
+    }
+    assert model.replaced == changed and len(changed) == (3 if model_type == "glm5_next" else 4)
+    assert kda_hf.accelerate(model) is model and model.replaced == changed  # twice is once
     generate(model, ids)
     model.undo()
     assert state_of(model) == before
@@ -480,9 +503,9 @@ def test_undo(model_type, device):
 def test_a_copy_is_of_its_own(model_type, device):
     model, ids = kda_hf.accelerate(make(model_type, device)), prompt(device)
     expected = generate(model, ids)
-    copied = copy.deepcopy(model)
+    copied, replaced = copy.deepcopy(model), model.replaced
     model.undo()
-    assert isinstance(copied, AcceleratedModel) and len(copied.replaced) == 3
+    assert isinstance(copied, AcceleratedModel) and copied.replaced == replaced
     assert torch.equal(generate(copied, ids), expected)
     copied.undo()
     assert type(copied) is type(model)

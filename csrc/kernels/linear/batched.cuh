@@ -118,14 +118,16 @@ __global__ void __launch_bounds__(kBatchedThreads, 2)
       Barrier::init(empty + lane, 4);
       Barrier::init(x_full + lane, 1);
       Barrier::init(x_empty + lane, kSharesUnits ? 4 : kBatchedWarps);
-      if (lane == 0) {
-        Barrier::init(&received, 1);
-        TransactionBarrier::arrive_and_expect_tx(&received, Shape::kSumsBytes);
-      }
+      if (lane == 0) Barrier::init(&received, 1);
       cutlass::arch::fence_barrier_init();
     }
     __syncthreads();
-    if constexpr (kSplits > 1) cute::cluster_arrive();
+    if constexpr (kSplits > 1) {
+      if (lane == 0)  // sums of the other CTAs
+        TransactionBarrier::arrive_and_expect_tx(&received, Shape::kSumsBytes / kSplits * (kSplits - 1));
+      __syncwarp();
+      cute::cluster_arrive();
+    }
     if (lane == 0) {
       // One thread copies.
       const int units = chunks * kUnits;
@@ -281,7 +283,7 @@ __global__ void __launch_bounds__(kBatchedThreads, 2)
   }
   named_barrier(1, kBatchedConsumers);  // the factors are there, and nobody reads the ring any more
 
-  // Each block of sums goes to the CTA that has its outputs, by way of where the ring was.
+  // Each block of sums goes to the CTA that has its outputs; to another one, by way of where the ring was.
   const int blocks = p.swiglu ? Shape::kBlocks / 2 : Shape::kBlocks;  // of each kind
 #pragma unroll
   for (int i = 0; i < Shape::kOwnUnits; ++i) {
@@ -291,12 +293,12 @@ __global__ void __launch_bounds__(kBatchedThreads, 2)
     const int place = index - owner * blocks + (is_up ? blocks : 0);
     const int part = kSharesUnits ? rank * kBatchedWarpgroups + warpgroup : rank;
     char* const to = sums + (part * Shape::kBlocks + place) * Shape::kBlockBytes;
-    char* const from = kSplits == 1 ? to : ring + (warp + i * kBatchedWarps) * Shape::kBlockBytes;
+    char* const from = kSplits == 1 || owner == rank ? to : ring + (warp + i * kBatchedWarps) * Shape::kBlockBytes;
     float* const own = reinterpret_cast<float*>(from) + lane / 4;
 #pragma unroll
     for (int j = 0; j < kTokens / 2; ++j)
       own[(8 * (j / 4) + 2 * (lane % 4) + j % 2) * Shape::kBlockRow + 8 * (j / 2 % 2)] = acc[i][j];
-    if constexpr (kSplits > 1) {
+    if (kSplits > 1 && owner != rank) {
       fence_async_proxy();
       __syncwarp();
       if (lane == 0)
@@ -304,12 +306,11 @@ __global__ void __launch_bounds__(kBatchedThreads, 2)
              cute::set_block_rank(smem_address(&received), owner));
     }
   }
+  named_barrier(1, kBatchedConsumers);  // this CTA's sums are in place
   if constexpr (kSplits > 1) {
     Barrier::wait(&received, 0);
     __syncwarp();  // arriving in parts of a warp would count several times
     cute::cluster_arrive_relaxed();
-  } else {
-    named_barrier(1, kBatchedConsumers);
   }
 
   int i = static_cast<int>(threadIdx.x);
