@@ -193,17 +193,13 @@ def tokenize(documents: Sequence[Document], tokenizer: Any, batch: int = 512) ->
 
 def _tokenized(documents: Sequence[Document], tokenizer: Any) -> list[list[int]]:
     texts = [document for document in documents if isinstance(document, str)]
+    conversations = [document for document in documents if not isinstance(document, str)]
+    if conversations and not tokenizer.chat_template:
+        raise ValueError("`data` has conversations (`messages`), and the tokenizer has no chat template")
     # verbose=False: a text longer than the model's context is cut later on, and no reason for a warning
     rows = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else [])
-    tokens = []
-    for document in documents:
-        if isinstance(document, str):
-            tokens.append(next(rows))
-            continue
-        if not tokenizer.chat_template:
-            raise ValueError("`data` has conversations (`messages`), and the tokenizer has no chat template")
-        tokens.append(tokenizer.apply_chat_template(document, tokenize=True, return_dict=False))
-    return tokens
+    chats = iter(tokenizer.apply_chat_template(conversations, return_dict=False) if conversations else [])
+    return [next(rows if isinstance(document, str) else chats) for document in documents]
 
 
 def fingerprint(documents: Iterable[Document], tokenizer: Any) -> str:
