@@ -8,8 +8,6 @@ import accelerate as hf_accelerate
 import pytest
 import torch
 import transformers
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache, TextStreamer
 
 import kda_hf
@@ -17,7 +15,7 @@ from kda_hf import KDACache, cli, decode_graph, decoding
 from kda_hf.generation import CACHE_NAME
 from kda_hf.integrations import native
 from kda_hf.integrations.accelerated import AcceleratedModel
-from kda_hf.integrations.wide_keys import WideKeyAttention, wide_key_attention
+from kda_hf.integrations.experts import GroupedExperts, grouped_experts
 from kda_hf.layer import KDALayer
 
 
@@ -196,20 +194,47 @@ def test_bf16_on_a_gpu(model_type, relative_error):
     assert divergence.mean() < 1e-3, divergence.mean()
 
 
+@pytest.mark.parametrize("tokens", [1, 77, 300])
+def test_grouped_experts(model_type, device, tokens, relative_error):
+    experts = next(m for m in make(model_type, device).modules() if type(m).__name__.endswith("Experts"))
+    experts.config._experts_implementation_internal = "eager"
+    experts.bfloat16()
+    x = torch.randn(tokens, experts.hidden_dim, device=device, dtype=torch.bfloat16)
+    chosen = torch.rand(tokens, experts.num_experts, device=device).topk(2).indices % 3  # of the last one, nothing
+    weights = torch.rand(tokens, 2, device=device)
+    with torch.no_grad():
+        actual = grouped_experts(experts, x, chosen, weights)
+        expected = experts.double()(x.double(), chosen, weights.double())
+    assert actual.dtype == x.dtype
+    assert relative_error(actual, expected) < 1e-2
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [2, 321])
-def test_keys_wider_than_values_on_a_gpu(dtype, tokens, relative_error):
-    query, key = (torch.randn(2, 3, tokens, 192, device="cuda", dtype=dtype) for _ in "qk")
-    value = torch.randn(2, 3, tokens, 128, device="cuda", dtype=dtype)
-    wide = torch.nn.Module()
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):  # fails where that can't be taken
-        actual, _ = wide_key_attention(wide, query, key, value, None, scaling=0.1)
-    expected = scaled_dot_product_attention(
-        query.double(), key.double(), value.double(), scale=0.1, is_causal=True
-    ).transpose(1, 2)
-    assert actual.shape == (2, tokens, 3, 128) and actual.dtype == dtype
-    assert relative_error(actual, expected) < 5e-3
+def test_experts_at_prefill_on_a_gpu(model_type, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "kda_hf.integrations.experts.grouped_experts", lambda *args: calls.append(1) or grouped_experts(*args)
+    )
+    model = kda_hf.accelerate(make(model_type, "cuda").to(torch.bfloat16))
+    sparse = sum(isinstance(module, GroupedExperts) for module in model.modules())
+    text_config = model.config.get_text_config()
+    assert sparse == 3 and text_config._experts_implementation == "grouped_mm"
+
+    def calls_of(length):
+        calls.clear()
+        model(prompt("cuda", length=length), use_cache=False)
+        return len(calls)
+
+    with torch.no_grad():
+        assert calls_of(150) == sparse
+        assert calls_of(100) == 0  # too few tokens
+        text_config._experts_implementation_internal = "batched_mm"
+        assert calls_of(150) == 0
+        text_config._experts_implementation_internal = "grouped_mm"
+        model.float()
+        assert calls_of(150) == 0
+    model.bfloat16()
+    assert calls_of(150) == 0  # gradients
 
 
 # ----------------------------------------------------------------------------------------------------------- generate()
@@ -479,9 +504,9 @@ def test_undo(model_type, device):
     changed = {
         name: type(module).__name__
         for name, module in model.named_modules()
-        if isinstance(module, (KDALayer, WideKeyAttention))
+        if isinstance(module, (KDALayer, GroupedExperts))
     }
-    assert model.replaced == changed and len(changed) == (3 if model_type == "glm5_next" else 4)
+    assert model.replaced == changed and len(changed) == 6  # three layers of KDA, three of experts
     assert kda_hf.accelerate(model) is model and model.replaced == changed  # twice is once
     generate(model, ids)
     model.undo()

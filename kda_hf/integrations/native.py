@@ -16,8 +16,8 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 from ..generation import KDAGenerationMixin
 from ..layer import KDALayer
 from .accelerated import AcceleratedModel, Acceleration, derived
+from .experts import GroupedExperts
 from .fla_model import accelerate_fla, is_fla_model
-from .wide_keys import WideKeyAttention
 
 
 class NativeKDALayer(KDALayer):
@@ -126,10 +126,10 @@ LAYERS: dict[tuple[str, str], type[NativeKDALayer]] = {
     ("transformers.models.glm5_next.modeling_glm5_next", "Glm5NextTextLinearAttention"): Glm5NextLayer,
     ("transformers.models.bailing_hybrid.modeling_bailing_hybrid", "BailingHybridDeltaAttention"): BailingHybridLayer,
 }
-# Its sparse attention keeps `glm5_next` out: it always has a mask.
-ATTENTION_LAYERS = {
-    ("transformers.models.kimi_linear.modeling_kimi_linear", "KimiLinearAttention"),
-    ("transformers.models.bailing_hybrid.modeling_bailing_hybrid", "BailingHybridAttention"),
+EXPERTS = {
+    ("transformers.models.kimi_linear.modeling_kimi_linear", "KimiLinearExperts"),
+    ("transformers.models.glm5_next.modeling_glm5_next", "Glm5NextTextExperts"),
+    ("transformers.models.bailing_hybrid.modeling_bailing_hybrid", "BailingHybridExperts"),
 }
 MODEL_TYPES = ("kimi_linear", "glm5_next", "bailing_hybrid")
 
@@ -138,8 +138,8 @@ def _kind(module: nn.Module) -> type[NativeKDALayer] | None:
     return LAYERS.get((type(module).__module__, type(module).__name__))
 
 
-def _is_attention(module: nn.Module) -> bool:
-    return (type(module).__module__, type(module).__name__) in ATTENTION_LAYERS
+def _has_experts(module: nn.Module) -> bool:
+    return (type(module).__module__, type(module).__name__) in EXPERTS
 
 
 def can_accelerate(model: nn.Module) -> bool:
@@ -205,7 +205,7 @@ def accelerate(model: Any) -> Any:
     for name, (module, kind) in layers.items():
         acceleration.change(name, module, derived(type(module), kind))
     for name, module in model.named_modules():
-        if _is_attention(module):
-            acceleration.change(name, module, derived(type(module), WideKeyAttention))
+        if _has_experts(module):
+            acceleration.change(name, module, derived(type(module), GroupedExperts))
     whole._acceleration = acceleration  # type: ignore[assignment]
     return model
