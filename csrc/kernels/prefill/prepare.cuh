@@ -259,15 +259,50 @@ __device__ __forceinline__ void exact_diagonal(const PrefillParams& p, const Gat
   for (int n = 0; n < 2; ++n) sums[32 * n] = {result[n][0], result[n][1], result[n][2], result[n][3]};
 }
 
-// Byte offset of element (row, column), column even, in the fp32 matrix A: 16-byte chunks swizzled against conflicts.
-__device__ __forceinline__ int matrix_offset(int row, int column) {
-  return row * kChunk * 4 + (((column >> 2) ^ (row & 15)) << 4) + (column & 3) * 4;
-}
+// Byte offsets in the fp32 matrix A: row r has 16 chunks of 4 columns, and chunk c is at place c ^ (r & 15), against
+// conflicts. What only the compiler knows is kept apart from what a lane knows: one XOR a place is left, often none.
+constexpr int kMatrixRow = kChunk * 4;
 
-// Inverts the unit lower triangular block I + A in place; `matrix` is its warp's diagonal block. Lane c solves for
-// column c (lanes 16.. repeat lanes 0..), four rows of the result at a time.
-__device__ __forceinline__ void invert_diagonal(char* matrix, int first) {
-  int column = threadIdx.x & 15;
+// As an accumulator has them: of 8 rows and columns, row g and columns 2t, 2t + 1.
+class AccumulatorAddress {
+ public:
+  __device__ __forceinline__ explicit AccumulatorAddress(int lane) {
+    const int g = lane >> 2, t = lane & 3;
+    base = g * kMatrixRow + ((g ^ t >> 1) << 4) + (t & 1) * 8;
+  }
+  // Rows 8 * rows.. and columns 8 * columns.. of the matrix.
+  __device__ __forceinline__ int operator()(int rows, int columns) const {
+    return (base ^ (2 * columns ^ 8 * (rows & 1)) << 4) + rows * 8 * kMatrixRow;
+  }
+
+ private:
+  int base;
+};
+
+// The same of the matrix transposed: rows 2t, 2t + 1, and column g.
+class TransposedAddress {
+ public:
+  __device__ __forceinline__ explicit TransposedAddress(int lane) {
+    const int g = lane >> 2, t = lane & 3;
+    base = 2 * t * kMatrixRow + ((g >> 2 ^ 2 * t) << 4) + (g & 3) * 4;
+  }
+  // Row 2t + `odd` of rows 8 * rows.., and columns 8 * columns...
+  __device__ __forceinline__ int operator()(int rows, int columns, int odd) const {
+    return (base ^ (2 * columns ^ 8 * (rows & 1) ^ odd) << 4) + (rows * 8 + odd) * kMatrixRow;
+  }
+
+ private:
+  int base;
+};
+
+// Inverts the unit lower triangular diagonal block `block` of I + A in place. Lane c solves for column c (lanes 16.. repeat
+// lanes 0..), four rows of the result at a time.
+template <bool kStays>
+__device__ __forceinline__ void invert_diagonal(char* matrix, int block) {
+  const int column = threadIdx.x & 15;
+  char* const rows = matrix + block * kBlock * kMatrixRow;
+  // Chunk c of the block's columns is the matrix's chunk 4 * block + c.
+  const auto place = [&](int row, int chunk) { return (4 * block << 4 ^ (chunk ^ row) << 4) + row * kMatrixRow; };
   float x[kBlock];
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) x[i] = i == column ? 1.0f : 0.0f;
@@ -275,33 +310,34 @@ __device__ __forceinline__ void invert_diagonal(char* matrix, int first) {
   for (int m = 0; m < kBlock; m += 4) {
 #pragma unroll
     for (int i = m + 1; i < kBlock; ++i) {
-      float4 a = *reinterpret_cast<const float4*>(matrix + matrix_offset(first + i, first + m));
+      float4 a = *reinterpret_cast<const float4*>(rows + place(i, m / 4));
       x[i] -= a.x * x[m];
       if (i > m + 1) x[i] -= a.y * x[m + 1];
       if (i > m + 2) x[i] -= a.z * x[m + 2];
       if (i > m + 3) x[i] -= a.w * x[m + 3];
     }
+    if constexpr (kStays) __syncwarp();  // registers are scarcer: no loads of later columns before this
   }
   __syncwarp();
   if ((threadIdx.x & 31) < 16) {
+    char* const own = rows + (column & 3) * 4;
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i)
-      *reinterpret_cast<float*>(matrix + matrix_offset(first + i, first + (column & ~3)) + (column & 3) * 4) = x[i];
+    for (int i = 0; i < kBlock; ++i) *reinterpret_cast<float*>(own + place(i, column >> 2)) = x[i];
   }
   __syncwarp();
 }
 
-// c (16 × 16, two accumulators) += a · (block of `matrix`)ᵀ, where a is itself a pair of accumulators.
+// c (16 × 16, two accumulators) += a · (block (row, column) of `matrix`)ᵀ, where a is itself a pair of accumulators.
 __device__ __forceinline__ void multiply_by_block_transposed(float (&c)[2][4], const float (&a)[2][4],
-                                                             const char* matrix, int row, int column) {
-  int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+                                                             const char* matrix, const AccumulatorAddress& address,
+                                                             int row, int column) {
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     // Slots t and t + 4 of the product's inner index are columns 2t and 2t + 1, as an accumulator has them.
     const uint32_t rows[4] = {to_tf32(a[k][0]), to_tf32(a[k][2]), to_tf32(a[k][1]), to_tf32(a[k][3])};
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      float2 b = *reinterpret_cast<const float2*>(matrix + matrix_offset(row + 8 * n + g, column + 8 * k + 2 * t));
+      float2 b = *reinterpret_cast<const float2*>(matrix + address(2 * row + n, 2 * column + k));
       mma_tf32(c[n], rows, to_tf32(b.x), to_tf32(b.y));
     }
   }
@@ -744,33 +780,43 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
       }
       // Columns 8 (warp & 1).. of block (1, 0) or (3, 2)
       const int near_row = warp < 2 ? 1 : 3, near_column = kBlock * (near_row - 1) + 8 * (warp & 1);
+      const int near_base = tile_offset(near_column + (lane & 7), lane >> 3);
 #pragma unroll 2
       for (int c = 0; c < K / 16; c += 2) {
         uint32_t rf[4], cf[4];
-        load_matrices(cf, gate_tile + tile_offset(near_column + (lane & 7), 2 * c + (lane >> 3)));
+        load_matrices(cf, gate_tile + (near_base ^ (2 * c & 7) << 4) + (c >> 2) * kHalfBytes);
         load_matrices(rf, rows + block_address(near_row, c));
         mma_fp16(near, rf, cf[0], cf[1]);
         load_matrices(rf, rows + block_address(near_row, c + 1));
         mma_fp16(near, rf, cf[2], cf[3]);
       }
       if (side == 0) {  // P, into the record
-        const auto store = [&](int row, int column, float x, float y) {
-          *reinterpret_cast<uint32_t*>(out + Out::kP + p_offset(row, column)) = pack<__half>(x, y);
+        // Rows g and g + 8 and columns 2t, 2t + 1 of the two halves of a block's columns.
+        char* const place_of_p[2] = {out + Out::kP + p_offset(g, 2 * t), out + Out::kP + p_offset(g, 8 + 2 * t)};
+        const auto store = [&](int block_place, int half, int m, float x, float y) {
+          *reinterpret_cast<uint32_t*>(place_of_p[m] + block_place + half * 8 * kNarrowRowBytes) = pack<__half>(x, y);
         };
+        const int middle_place = p_block(i, j), diagonal_place = p_block(warp, warp);
+        const int near_place = p_block(near_row, near_row - 1);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = g + 8 * half;
 #pragma unroll
           for (int m = 0; m < 2; ++m) {
             const int column = 8 * m + 2 * t;
-            store(kBlock * i + row, kBlock * j + column, middle[m][2 * half], middle[m][2 * half + 1]);
-            store(block + row, block + column, column <= row ? diagonal[m][2 * half] * kTwoTruncations : 0.0f,
+            store(middle_place, half, m, middle[m][2 * half], middle[m][2 * half + 1]);
+            store(diagonal_place, half, m, column <= row ? diagonal[m][2 * half] * kTwoTruncations : 0.0f,
                   column + 1 <= row ? diagonal[m][2 * half + 1] * kTwoTruncations : 0.0f);
           }
-          store(kBlock * near_row + row, near_column + 2 * t, near[2 * half], near[2 * half + 1]);
+          if (warp & 1) {
+            store(near_place, half, 1, near[2 * half], near[2 * half + 1]);
+          } else {
+            store(near_place, half, 0, near[2 * half], near[2 * half + 1]);
+          }
         }
       } else {
         // A, the rows times β n²
+        const AccumulatorAddress address(lane);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = g + 8 * half;
@@ -778,12 +824,12 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
           const float b_diagonal = beta_w[block + row] * kTwoTruncations;
 #pragma unroll
           for (int m = 0; m < 2; ++m) {
-            *reinterpret_cast<float2*>(value + matrix_offset(kBlock * i + row, kBlock * j + 8 * m + 2 * t)) = {
-                middle[m][2 * half] * b, middle[m][2 * half + 1] * b};
-            *reinterpret_cast<float2*>(value + matrix_offset(block + row, block + 8 * m + 2 * t)) = {
+            *reinterpret_cast<float2*>(value + address(2 * i + half, 2 * j + m)) = {middle[m][2 * half] * b,
+                                                                                    middle[m][2 * half + 1] * b};
+            *reinterpret_cast<float2*>(value + address(2 * warp + half, 2 * warp + m)) = {
                 diagonal[m][2 * half] * b_diagonal, diagonal[m][2 * half + 1] * b_diagonal};
           }
-          *reinterpret_cast<float2*>(value + matrix_offset(kBlock * near_row + row, near_column + 2 * t)) = {
+          *reinterpret_cast<float2*>(value + address(2 * near_row + half, near_column / 8)) = {
               near[2 * half] * b_near, near[2 * half + 1] * b_near};
         }
       }
@@ -792,7 +838,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
 
     // ---- 3. the inverse of the diagonal blocks; Q, K^+ and Kr
     if (side == 0) {
-      invert_diagonal(value, block);
+      invert_diagonal<kStays>(value, warp);
     } else {
       const uint32_t* const from_start = reinterpret_cast<const uint32_t*>(smem + Smem::kFromStart) + t;
       const uint32_t* const to_end = reinterpret_cast<const uint32_t*>(smem + Smem::kToEnd) + t;
@@ -823,6 +869,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
     }
 
     // ---- 3. block column `warp` of X, transposed: x[i] is (rows of block i)ᵀ
+    const AccumulatorAddress address(lane);
     float x[4][2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -838,23 +885,24 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kGat
         break;
       }
       if (i == warp) {
+        const TransposedAddress transposed(this_thread() & 31);
 #pragma unroll
         for (int m = 0; m < 2; ++m)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            int row = block + 8 * m + 2 * t + (e & 1), column = block + g + (e >> 1) * 8;
-            x[i][m][e] = *reinterpret_cast<const float*>(value + matrix_offset(row, column & ~3) + (column & 3) * 4);
+            const int at = transposed(2 * warp + m, 2 * warp + (e >> 1), e & 1);
+            x[i][m][e] = *reinterpret_cast<const float*>(value + at);
           }
       } else if (i > warp) {
         float sum[2][4] = {};
 #pragma unroll
         for (int m = 0; m < i; ++m)
-          if (m >= warp) multiply_by_block_transposed(sum, x[m], value, kBlock * i, kBlock * m);
+          if (m >= warp) multiply_by_block_transposed(sum, x[m], value, address, i, m);
 #pragma unroll
         for (int m = 0; m < 2; ++m)
 #pragma unroll
           for (int e = 0; e < 4; ++e) sum[m][e] = -sum[m][e];
-        multiply_by_block_transposed(x[i], sum, value, kBlock * i, kBlock * i);
+        multiply_by_block_transposed(x[i], sum, value, address, i, i);
       }
     }
     __syncthreads();  // A has been read, and Q and Kr are on their way

@@ -16,6 +16,9 @@ constexpr int kPTileBytes = kChunk * kNarrowRowBytes;  // with all rows
 // Where in P the tile begins.
 __host__ __device__ constexpr int p_tile(int j) { return j * kPTileBytes - j * (j - 1) / 2 * kBlock * kNarrowRowBytes; }
 
+// Where block (i, j) of 16 rows and columns begins, on or below the diagonal.
+__device__ __forceinline__ int p_block(int i, int j) { return p_tile(j) + (i - j) * kBlock * kNarrowRowBytes; }
+
 // Byte offset in P of element (row, column), column even, of a block on or below the diagonal.
 __device__ __forceinline__ int p_offset(int row, int column) {
   const int j = column / kBlock, chunk = column / 8 % 2;
