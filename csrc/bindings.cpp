@@ -692,13 +692,15 @@ int64_t linear_parts(int64_t M, int64_t N, int64_t K) {
   return kda::linear_parts(as_int(M, "x"), as_int(N, "weight"), as_int(K, "weight"));
 }
 
-void rows(const Tensor& x, const Tensor* weight, double norm_eps, Tensor& out) {
+void rows(const Tensor& x, const Tensor* weight, const Tensor* gate, double norm_eps, Tensor& out) {
   require(x.dim() == 2 && out.dim() == 2, "`x` and `out` must have two dimensions");
   const int64_t M = x.size(0), N = out.size(1);
   require(has_shape(x, {M, weight == nullptr ? 2 * N : N}) && out.size(0) == M, "`x` must have the rows of `out`");
   require(weight == nullptr || has_shape(*weight, {N}), "`weight` must have shape [N]");
-  const int32_t device = check_matrices({&x, &out, weight == nullptr ? &x : weight});
-  for (const Tensor* tensor : {&x, static_cast<const Tensor*>(&out), weight == nullptr ? &x : weight})
+  require(gate == nullptr || has_shape(*gate, {M, N}), "`gate` must have shape [M, N]");
+  const auto or_x = [&](const Tensor* tensor) { return tensor == nullptr ? &x : tensor; };
+  const int32_t device = check_matrices({&x, &out, or_x(weight), or_x(gate)});
+  for (const Tensor* tensor : {&x, static_cast<const Tensor*>(&out), or_x(weight), or_x(gate)})
     require(has_aligned_vectors(*tensor), "the tensors must have rows of aligned vectors");
 
   kda::RowsParams params{};
@@ -706,6 +708,7 @@ void rows(const Tensor& x, const Tensor* weight, double norm_eps, Tensor& out) {
   params.dtype = dtype_of(x.scalar_type(), "x");
   params.x = x.const_data_ptr(), params.out = out.mutable_data_ptr();
   params.weight = weight == nullptr ? nullptr : weight->const_data_ptr();
+  if (gate != nullptr) params.gate = gate->const_data_ptr(), params.gate_stride = row_stride(*gate);
   params.x_stride = row_stride(x), params.out_stride = row_stride(out);
   params.norm_eps = static_cast<float>(norm_eps);
   if (const char* reason = kda::rows_refusal(params)) refuse(reason);
@@ -714,9 +717,11 @@ void rows(const Tensor& x, const Tensor* weight, double norm_eps, Tensor& out) {
   check_cuda(kda::rows(params, place.stream()), "rows");
 }
 
-void rms_norm(Tensor x, Tensor weight, double eps, Tensor out) { rows(x, &weight, eps, out); }
+void rms_norm(Tensor x, Tensor weight, double eps, Tensor out) { rows(x, &weight, nullptr, eps, out); }
 
-void swiglu(Tensor x, Tensor out) { rows(x, nullptr, 0, out); }
+void gated_rms_norm(Tensor x, Tensor weight, Tensor gate, double eps, Tensor out) { rows(x, &weight, &gate, eps, out); }
+
+void swiglu(Tensor x, Tensor out) { rows(x, nullptr, nullptr, 0, out); }
 
 void attention_step(Tensor q, Tensor k, Tensor v, Tensor key_cache, Tensor value_cache, Tensor length,
                     MaybeTensor starts, MaybeTensor q_norm_weight, MaybeTensor k_norm_weight, double norm_eps,
@@ -863,6 +868,7 @@ STABLE_TORCH_LIBRARY(kda_hf_cuda, m) {
       "float scale, Tensor(c!) workspace, Tensor(d!) out) -> ()");
   m.def("attention_step_workspace_bytes(int B, int H, int KVH, int D, int capacity) -> int");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()");
+  m.def("gated_rms_norm(Tensor x, Tensor weight, Tensor gate, float eps, Tensor(a!) out) -> ()");
   m.def("swiglu(Tensor x, Tensor(a!) out) -> ()");
   m.def("prefill_refusal(int K, int V, ScalarType dtype, ScalarType state_dtype) -> str");
   m.def("recurrent_refusal(int K, int V, ScalarType dtype, ScalarType state_dtype) -> str");
@@ -876,6 +882,7 @@ STABLE_TORCH_LIBRARY_IMPL(kda_hf_cuda, CUDA, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("attention_step", TORCH_BOX(&attention_step));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("gated_rms_norm", TORCH_BOX(&gated_rms_norm));
   m.impl("swiglu", TORCH_BOX(&swiglu));
 }
 

@@ -8,6 +8,7 @@ from transformers import Cache
 
 from .cache import KDACacheLayer
 from .ops import causal_conv1d, chunk_kda, has_kernel, kda_decode_step, recurrent_kda
+from .ops.norm import gated_norm
 
 
 class KDALayer(nn.Module):
@@ -96,11 +97,16 @@ class KDALayer(nn.Module):
             output, _, _ = self.mix(conv_inputs, g, beta, valid, cu_seqlens=cu_seqlens)
         else:
             output = self._mix_with_cache(past_key_values, conv_inputs, g, beta, valid, cu_seqlens)
-        return self.o_proj(self.o_norm(output, self._output_gate(hidden_states)).flatten(-2))
+        return self.o_proj(self._normed(output, self._output_gate(hidden_states)).flatten(-2))
 
     def _output_gate(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `[B, T, HV, V]`."""
         return self.output_gate_logits(hidden_states).unflatten(-1, (self.num_value_heads, self.value_head_dim))
+
+    def _normed(self, output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """The gated norm of heads `[B, T, HV, V]`."""
+        normed = gated_norm(output, self.o_norm.weight, gate, self.norm_eps)
+        return self.o_norm(output, gate) if normed is None else normed
 
     def _steps(
         self,

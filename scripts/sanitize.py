@@ -182,6 +182,13 @@ def run_rows(dtype: torch.dtype, M: int, N: int, K: int) -> None:
     assert half.cpu().isfinite().all() and out.cpu().isfinite().all()
 
 
+def run_gated_norm(dtype: torch.dtype, M: int, N: int) -> None:
+    x, gate = (torch.randn(M, N, device="cuda", dtype=dtype) for _ in range(2))
+    weight, out = torch.randn(N, device="cuda", dtype=dtype), torch.empty_like(x)
+    torch.ops.kda_hf_cuda.gated_rms_norm(x, weight, gate, 1e-6, out)
+    assert out.cpu().isfinite().all()
+
+
 def run_attention(dtype: torch.dtype, H: int, KVH: int, D: int, lengths: tuple[int, ...]) -> None:
     """A step of attention after another, with one workspace."""
 
@@ -208,6 +215,8 @@ def rows(tool: str) -> None:
     for dtype, M, (N, K) in itertools.product(DTYPES, (1, 8, 11, 31), shapes):
         if M <= 8 or N % 8 == 0:
             run_rows(dtype, M, N, K)
+    for dtype, M, N in itertools.product(DTYPES, (1, 37), (64, 128, 256)):
+        run_gated_norm(dtype, M, N)
     for dtype, D, (H, KVH) in itertools.product(DTYPES, (64, 128), ((16, 4), (9, 1), (32, 1))):
         run_attention(dtype, H, KVH, D, (0, 3, 127, 128, 300, 2100))
 

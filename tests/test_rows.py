@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kda_hf.ops import rows
+from kda_hf.ops.norm import gated_norm
 
 
 DEVICE = torch.device("cuda")
@@ -165,6 +166,41 @@ def test_norm(relative_error, dtype, N):
     for M in (1, 33):
         x = within(M, N, dtype=dtype)
         assert relative_error(OURS.norm(x, norm), exact_norm(x, norm)) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", [64, 128, 256])
+@pytest.mark.parametrize("M", [1, 7, 16, 33, 1000])
+def test_gated_norm(relative_error, dtype, N, M):
+    weight, eps = randn(N, dtype=dtype), EPS
+    x, gate = randn(M, N, dtype=dtype, scale=3.0), randn(M, N, dtype=dtype, scale=4.0)
+    expected = exact_norm(x, (weight, eps)) * gate.double().sigmoid()
+    out = torch.full((M + 1, N), float("nan"), device=DEVICE, dtype=dtype)
+    torch.ops.kda_hf_cuda.gated_rms_norm(x, weight, gate, eps, out[:M])
+    assert relative_error(out[:M], expected) < BOUNDS[dtype]
+    assert out[M].isnan().all()
+
+    with torch.no_grad():
+        heads = gated_norm(x.view(1, M, 1, N), weight, gate.view(1, M, 1, N), eps)
+    assert torch.equal(heads.view(M, N), out[:M])
+
+
+@pytest.mark.parametrize("what", ["width", "gate", "dtype", "device", "strides", "gradients"])
+def test_what_the_gated_norm_leaves_to_others(what):
+    dtype = DTYPES[0]
+    x, weight, gate = randn(5, 128, dtype=dtype), randn(128, dtype=dtype), randn(5, 128, dtype=dtype)
+    given = {
+        "width": (x[:, :96].contiguous(), weight[:96].contiguous(), gate[:, :96].contiguous()),
+        "gate": (x, weight, gate.float()),
+        "dtype": (x.float(), weight.float(), gate.float()),
+        "device": (x.cpu(), weight.cpu(), gate.cpu()),
+        "strides": (x.T.contiguous().T, weight, gate),
+        "gradients": (x, weight, gate),
+    }[what]
+    with torch.set_grad_enabled(what == "gradients"):
+        assert gated_norm(*given, EPS) is None
+    with pytest.raises(RuntimeError):
+        torch.ops.kda_hf_cuda.gated_rms_norm(x, weight, gate[:4], EPS, torch.empty_like(x))
 
 
 @pytest.mark.parametrize("what", ["rows", "columns", "dtype", "device", "groups", "norm", "outputs", "parts", "next"])

@@ -55,13 +55,14 @@ cudaError_t linear(const LinearParams& params, cudaStream_t stream);
 int linear_parts(int M, int N, int K);
 
 // What stands between products of more rows: out [M, N] = x / sqrt(mean(x²) + norm_eps) ∘ weight, for x [M, N], or without a weight,
-// silu(first half) ∘ second half of each row of x [M, 2 N], with the silu rounded to the dtype, too.
+// silu(first half) ∘ second half of each row of x [M, 2 N], with the silu rounded to the dtype, too. With a gate [M, N], the norm is
+// that of the heads of a prefill: many short rows, of N = 64, 128 or 256, and sigmoid(gate) is a factor.
 struct RowsParams {
   int M, N;
   DType dtype;  // of all tensors
-  const void *x, *weight;
+  const void *x, *weight, *gate;
   void* out;
-  int64_t x_stride, out_stride;  // in elements; rows are of 16-byte aligned vectors
+  int64_t x_stride, gate_stride, out_stride;  // in elements; rows are of 16-byte aligned vectors
   float norm_eps;
 };
 

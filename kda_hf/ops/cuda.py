@@ -81,6 +81,11 @@ def _refused_by_device(index: int | None) -> str | None:
     )
 
 
+def is_wanted() -> bool:
+    """Whether the environment leaves the choice of a backend to us, or asks for this one."""
+    return os.environ.get("FLA_FLASH_KDA") != "0" and os.environ.get("KDA_HF_BACKEND", "auto") in ("auto", "cuda")
+
+
 def refusal_of_device(device: torch.device) -> str | None:
     """Why no kernel of the extension runs there, or None."""
     if device.type != "cuda":

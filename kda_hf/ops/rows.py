@@ -4,7 +4,6 @@ Two implementations of the same functions: PyTorch's, and kernels of the CUDA ex
 overlap with each other. `norm` is a pair of a weight `[K]` and an epsilon.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -194,7 +193,7 @@ def refusal(parameters: list[torch.Tensor], attention: Any) -> str | None:
     Args:
         attention: the model's configuration, if it has attention layers.
     """
-    if os.environ.get("FLA_FLASH_KDA") == "0" or os.environ.get("KDA_HF_BACKEND", "auto") not in ("auto", "cuda"):
+    if not cuda.is_wanted():
         return "the environment asks for another backend"
     first = parameters[0]
     if any(p.dtype != first.dtype for p in parameters) or first.dtype not in (torch.bfloat16, torch.float16):
