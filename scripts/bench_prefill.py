@@ -38,8 +38,10 @@ MIXED = [1300, 547, 2048, 963, 271, 3063]
 
 class Case(NamedTuple):
     name: str
-    heads: int
+    heads: int  # of q and k
     lengths: list[int]
+    value_heads: int | None = None  # as many by default
+    width: int = WIDTH
 
     @property
     def tokens(self) -> int:
@@ -48,8 +50,9 @@ class Case(NamedTuple):
     @property
     def floor_bytes(self) -> int:
         """q, k, v, g read and the output written, and β, in bf16; initial and final states in fp32."""
-        tokens = self.tokens * self.heads * (10 * WIDTH + 2)
-        return tokens + 8 * len(self.lengths) * self.heads * WIDTH**2
+        value_heads = self.value_heads or self.heads
+        tokens = self.tokens * (self.heads * 4 * self.width + value_heads * (6 * self.width + 2))
+        return tokens + 8 * len(self.lengths) * value_heads * self.width**2
 
 
 def _case(tokens: int, heads: int, sequences: int = 1) -> Case:
@@ -61,6 +64,12 @@ CASES = [
     _case(1024, 4), _case(3072, 10), _case(8192, 24), _case(16384, 16, 8),
     *(Case(f"T8192_H{heads}_{name}", heads, lengths) for heads in (96, 64)
       for name, lengths in (("fixed", [8192]), ("mixed", MIXED), ("1024x8", [1024] * 8))),
+]  # fmt: skip
+# Not in the means: long ones of few heads, many short ones, grouped value heads, narrow heads.
+EXTRA = [
+    _case(131072, 4), _case(131072, 8), Case("512_of_1_to_64_H32", 32, [1 + i % 64 for i in range(512)]),
+    Case("T8192_H8_HV16_N1", 8, [8192], value_heads=16), Case("T8192_H16_N1_D64", 16, [8192], width=64),
+    Case("T8192_H32_HV96_N1", 32, [8192], value_heads=96), Case("T8192_H96_N1_D64", 96, [8192], width=64),
 ]  # fmt: skip
 QUICK = ("T2048_H12_N1", "T8192_H12_N4", "T8192_H16_N1", "T8192_H96_mixed")
 
@@ -80,37 +89,40 @@ PUBLISHED = {
 # ------------------------------------------------------------------------------------------------------------- inputs
 
 
-def gate(regime: str, heads: int) -> dict[str, Any]:
+def gate(regime: str, heads: int, width: int = WIDTH) -> dict[str, Any]:
     """A_log, dt_bias and lower bound. `steep`: as random initialisation gives; `mild`: under 1 % of decay a token, as
     long-memory channels of a trained model have; `bimodal`: half of a head's channels each; `softplus`: A up to 16 and
     steps between 0.001 and 0.1, as models with that gate start."""
     A_log, lower_bound = torch.zeros(heads, device="cuda"), LOWER_BOUND
     if regime == "steep":
-        A_log, dt_bias = torch.rand(heads, device="cuda") * 0.2, torch.zeros(heads, WIDTH, device="cuda")
+        A_log, dt_bias = torch.rand(heads, device="cuda") * 0.2, torch.zeros(heads, width, device="cuda")
     elif regime == "mild":
-        dt_bias = torch.randn(heads, WIDTH, device="cuda") * 0.5 - 6.5
+        dt_bias = torch.randn(heads, width, device="cuda") * 0.5 - 6.5
     elif regime == "bimodal":
-        is_steep = torch.rand(heads, WIDTH, device="cuda").argsort(-1) < WIDTH // 2
-        dt_bias = torch.where(is_steep, 0.0, torch.randn(heads, WIDTH, device="cuda") * 0.5 - 6.5)
+        is_steep = torch.rand(heads, width, device="cuda").argsort(-1) < width // 2
+        dt_bias = torch.where(is_steep, 0.0, torch.randn(heads, width, device="cuda") * 0.5 - 6.5)
     else:
         A_log, lower_bound = (1 + 15 * torch.rand(heads, device="cuda")).log(), None
-        step = torch.exp(math.log(1e-3) + math.log(100) * torch.rand(heads, WIDTH, device="cuda"))
+        step = torch.exp(math.log(1e-3) + math.log(100) * torch.rand(heads, width, device="cuda"))
         dt_bias = step + torch.log(-torch.expm1(-step))
     return {"A_log": A_log, "dt_bias": dt_bias, "lower_bound": lower_bound}
 
 
-def inputs(lengths: list[int], heads: int, regime: str, zero_state: bool = False) -> dict[str, Any]:
+def inputs(case: Case, regime: str, zero_state: bool = False) -> dict[str, Any]:
     """Arguments of `fwd` but for its outputs; packed where there is more than one sequence."""
-    shape = (1, sum(lengths), heads, WIDTH)
-    x = {name: torch.randn(shape, device="cuda", dtype=torch.bfloat16) for name in ("q", "k", "v", "g")}
-    x["beta"] = torch.randn(shape[:-1], device="cuda", dtype=torch.bfloat16)
-    x["scale"] = WIDTH**-0.5
+    lengths, width, value_heads = case.lengths, case.width, case.value_heads or case.heads
+    x = {
+        name: torch.randn(1, case.tokens, heads, width, device="cuda", dtype=torch.bfloat16)
+        for name, heads in (("q", case.heads), ("k", case.heads), ("v", value_heads), ("g", value_heads))
+    }
+    x["beta"] = torch.randn(1, case.tokens, value_heads, device="cuda", dtype=torch.bfloat16)
+    x["scale"] = width**-0.5
     make = torch.zeros if zero_state else torch.randn
-    x["initial_state"] = make(len(lengths), heads, WIDTH, WIDTH, device="cuda")
+    x["initial_state"] = make(len(lengths), value_heads, width, width, device="cuda")
     x["cu_seqlens"] = None
     if len(lengths) > 1:
         x["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)], device="cuda")
-    return x | gate(regime, heads)
+    return x | gate(regime, value_heads, width)
 
 
 def outputs(x: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -238,7 +250,7 @@ def copy_bandwidth(repeats: int) -> float:
 def time_of(run: Callable, case: Case, regime: str, repeats: int) -> float:
     """Seconds of one call with a cold L2: the sets of inputs and outputs take three times its size, two at least."""
     sets = max(2, math.ceil(3 * l2_bytes() / case.floor_bytes))
-    arguments = [inputs(case.lengths, case.heads, regime) for _ in range(sets)]
+    arguments = [inputs(case, regime) for _ in range(sets)]
     for x in arguments[1:]:  # one tensor of bounds: FLA keeps what it has worked out for it
         x["cu_seqlens"] = arguments[0]["cu_seqlens"]
     results = [outputs(x) for x in arguments]
@@ -279,7 +291,7 @@ def empty_ops() -> dict[str, Callable]:
 
 def host_cost() -> dict[str, float]:
     """µs of an eager call at T=2048, H=12, of ours and of empty operators with the same arguments."""
-    x = inputs([2048], 12, "steep")
+    x = inputs(_case(2048, 12), "steep")
     y = outputs(x)
     names = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound", "initial_state",
              "final_state", "cu_seqlens")  # fmt: skip
@@ -293,7 +305,7 @@ def workspace() -> dict[str, float]:
     """Bytes that a call takes besides its arguments, over those of its inputs, for each case."""
     ratios = {}
     for case in CASES:
-        x = inputs(case.lengths, case.heads, "steep")
+        x = inputs(case, "steep")
         y = outputs(x)
         ours(x, y)
         torch.cuda.synchronize()
@@ -317,7 +329,7 @@ def errors(backends: dict[str, Callable], heads: int = 4) -> dict[str, dict[str,
     """Relative L2 of output and final state against the chunked form in float64, from a state of zeros."""
     found: dict[str, dict[str, tuple[float, float] | str]] = {}
     for name, (regime, tokens) in ACCURACY.items():
-        x = inputs([tokens], heads, regime, zero_state=True)
+        x = inputs(Case(name, heads, [tokens]), regime, zero_state=True)
         exact = {n: t.double() if isinstance(t, torch.Tensor) else t for n, t in x.items()}
         flags = dict.fromkeys(
             ("use_gate_in_kernel", "use_qk_l2norm_in_kernel", "use_beta_sigmoid_in_kernel", "state_v_first"), True
@@ -404,7 +416,8 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the numbers")
-    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], metavar="CASE")
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in (*CASES, *EXTRA)], metavar="CASE")
+    parser.add_argument("--extra", action="store_true", help=f"other cases: {', '.join(case.name for case in EXTRA)}")
     parser.add_argument(
         "--regimes", nargs="+", choices=("steep", "mild", "softplus", "bimodal"), default=["steep", "mild"]
     )
@@ -422,8 +435,8 @@ def main() -> None:
     if reason:
         raise SystemExit(f"the CUDA backend cannot serve: {reason}")
     backends = available(not args.no_peers)
-    wanted = args.cases or (QUICK if args.quick else [case.name for case in CASES])
-    cases = [case for case in CASES if case.name in wanted]
+    wanted = args.cases or (QUICK if args.quick else [case.name for case in (EXTRA if args.extra else CASES)])
+    cases = [case for case in (*CASES, *EXTRA) if case.name in wanted]
     bandwidth = copy_bandwidth(args.repeats)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
@@ -447,7 +460,7 @@ def main() -> None:
                         row["us"][name] = _why(error)
                         print(f"{case.name} {regime}: {name}: {row['us'][name]}")
                     torch.cuda.empty_cache()
-                if regime in ("steep", "mild"):
+                if regime in ("steep", "mild") and case.name in PUBLISHED:
                     published, column = PUBLISHED[case.name], int(regime == "mild")
                     row["published_us"] = {"FlashKDA": published[column], "cuDNN": published[2 + column]}
                 result["cases"].append(row)
@@ -468,9 +481,9 @@ def main() -> None:
         }
         if not args.no_host:
             result["host_us"] = host_cost()
-        if not args.quick:
+        if not (args.quick or args.extra):
             result["workspace"] = workspace()
-        if not (args.quick or args.no_errors):
+        if not (args.quick or args.extra or args.no_errors):
             result["errors"] = errors(backends)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
