@@ -65,7 +65,7 @@ class GroupedExperts(nn.Module):
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and self.config._experts_implementation == "grouped_mm"
-            and all(type(weight) is nn.Parameter and weight.dtype == x.dtype for weight in weights)
+            and all(type(w) is nn.Parameter and w.dtype == x.dtype and w.device == x.device for w in weights)
             and x.dtype in HALVES
             and torch.cuda.get_device_capability(x.device) >= (8, 0)
             and not getattr(self, "_is_expert_parallel", False)
