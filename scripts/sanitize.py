@@ -221,13 +221,13 @@ def rows(tool: str) -> None:
         run_attention(dtype, H, KVH, D, (0, 3, 127, 128, 300, 2100))
 
 
-def conv(tool: str) -> None:
+def conv() -> None:
     for dtype, width, state in itertools.product((*DTYPES, torch.float32), (2, 3, 4), (None, torch.float32, *DTYPES)):
         for lengths in (None, [5, 0, 1, 2, 3, 70]):
             run_conv(dtype, width, lengths, state)
 
 
-def decode(tool: str) -> None:
+def decode() -> None:
     for dtype, state, (K, V), v_first in itertools.product(
         (*DTYPES, torch.float32), (torch.float32, torch.bfloat16), WIDTHS, (False, True)
     ):
@@ -257,10 +257,11 @@ def prefill(tool: str) -> None:
 def main() -> None:
     tool, *chosen = sys.argv[1:] or [""]
     torch.manual_seed(0)
-    for part in (rows, conv, decode, prefill):
-        if not chosen or part.__name__ in chosen:
-            print(part.__name__, flush=True)
-            part(tool)
+    parts = {"rows": lambda: rows(tool), "conv": conv, "decode": decode, "prefill": lambda: prefill(tool)}
+    for name, part in parts.items():
+        if not chosen or name in chosen:
+            print(name, flush=True)
+            part()
     torch.cuda.synchronize()
     print("every call served")
 

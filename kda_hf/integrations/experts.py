@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 
-HALVES = (torch.bfloat16, torch.float16)
 FEWEST_TOKENS = 256  # of a call: fewer are a decode step's, where transformers' functions do as well
 
 
@@ -46,8 +45,8 @@ def grouped_experts(
 
 
 class GroupedExperts(nn.Module):
-    """An experts module of transformers whose prefill on a GPU, in half precision and without gradients, is
-    [`grouped_experts`], where "grouped_mm" is what the configuration chooses."""
+    """An experts module of transformers whose prefill on a GPU, in bf16 and without gradients, is [`grouped_experts`],
+    where "grouped_mm" is what the configuration chooses."""
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -66,7 +65,7 @@ class GroupedExperts(nn.Module):
             and not torch.compiler.is_compiling()
             and self.config._experts_implementation == "grouped_mm"
             and all(type(w) is nn.Parameter and w.dtype == x.dtype and w.device == x.device for w in weights)
-            and x.dtype in HALVES
+            and x.dtype == torch.bfloat16  # in another dtype PyTorch takes the groups one by one
             and torch.cuda.get_device_capability(x.device) >= (8, 0)
             and not getattr(self, "_is_expert_parallel", False)
             and len(self.gate_up_proj) == getattr(self.config, "num_local_experts", 0)  # else others have the rest

@@ -260,7 +260,7 @@ __device__ __forceinline__ void exact_diagonal(const PrefillParams& p, const Gat
 }
 
 // Byte offsets in the fp32 matrix A: row r has 16 chunks of 4 columns, and chunk c is at place c ^ (r & 15), against
-// conflicts. What only the compiler knows is kept apart from what a lane knows: one XOR a place is left, often none.
+// conflicts. What the compiler knows is kept apart from what only a lane knows: one XOR a place is left, often none.
 constexpr int kMatrixRow = kChunk * 4;
 
 // As an accumulator has them: of 8 rows and columns, row g and columns 2t, 2t + 1.
