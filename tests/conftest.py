@@ -134,7 +134,8 @@ class SupportTable:
 
     def __init__(self, path: Path):
         self.path = path
-        self.outcomes: dict[pytest.Item, str] = {}
+        self.outcomes: dict[str, str] = {}
+        self.claimed: dict[str, list[tuple[str, str, str]]] = {}
 
     @staticmethod
     def claims(item: pytest.Item) -> list[tuple[str, str, str]]:
@@ -152,19 +153,16 @@ class SupportTable:
                 raise pytest.UsageError(f"{item.nodeid}: `supports` takes features, `model` and `backend`")
         return claims
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item, call):
-        report = yield
-        outcome = "failed" if hasattr(report, "wasxfail") else report.outcome
-        if self.outcomes.get(item) != "failed" and (outcome != "passed" or report.when == "call"):
-            self.outcomes[item] = outcome
-        return report
+    def pytest_runtest_logreport(self, report):
+        outcome, test = "failed" if hasattr(report, "wasxfail") else report.outcome, report.nodeid
+        if self.outcomes.get(test) != "failed" and (outcome != "passed" or report.when == "call"):
+            self.outcomes[test], self.claimed[test] = outcome, report.supports
 
     def pytest_sessionfinish(self):
         counts: dict = defaultdict(lambda: {"passed": 0, "failed": 0, "skipped": 0})
-        for item, outcome in self.outcomes.items():
-            for claim in self.claims(item):
-                counts[claim][outcome] += 1
+        for test, outcome in self.outcomes.items():
+            for claim in self.claimed[test]:
+                counts[tuple(claim)][outcome] += 1
         run = {
             "date": date.today().isoformat(),
             "commit": _commit(),
@@ -184,8 +182,16 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if path := config.getoption("--support-table", None):
+    path = config.getoption("--support-table", None)
+    if path and not hasattr(config, "workerinput"):  # of several processes, the one that hears of all tests
         config.pluginmanager.register(SupportTable(config.invocation_params.dir / path))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    report.supports = SupportTable.claims(item)
+    return report
 
 
 def pytest_collection_modifyitems(items):

@@ -64,11 +64,15 @@ def test_unmarked(): ...
 """
 
 
-def test_what_marked_tests_record(tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", [0, 2])
+def test_what_marked_tests_record(processes, tmp_path, monkeypatch):
+    if processes:
+        pytest.importorskip("xdist")
     monkeypatch.setenv("KDA_HF_COMMIT", "0123abc")
     (tmp_path / "conftest.py").write_text(CONFTEST.read_text())
     (tmp_path / "test_marked.py").write_text(MARKED)
     command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "--support-table", "run.json"]
+    command += ["-n", str(processes)] if processes else []
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout + result.stderr
     run = json.loads((tmp_path / "run.json").read_text())
