@@ -67,20 +67,20 @@ def configuration(model_type, heads=2, head_dim=32, **others):
         "eos_token_id": 2,
         "initializer_range": 0.1,
         "layer_types": LAYER_TYPES,
-    }
+    } | others
     linear = {"linear_num_heads": heads, "linear_head_dim": head_dim}
     kind = transformers.CONFIG_MAPPING[model_type]
     if model_type == "kimi_linear":
-        return kind(**fields, **linear, qk_rope_head_dim=8, num_local_experts=4, n_shared_experts=1, **others)
+        return kind(**fields, **linear, qk_rope_head_dim=8, num_local_experts=4, n_shared_experts=1)
     if model_type == "bailing_hybrid":
         fields |= {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": head_dim}
         fields |= {"qk_rope_head_dim": 8, "num_local_experts": 4, "n_group": 2, "topk_group": 1}
-        return kind(**fields, first_k_dense_replace=1, **others)
+        return kind(**fields, first_k_dense_replace=1)
     fields |= {"q_lora_rank": 24, "n_routed_experts": 4, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}
     # All keys of short sequences: scores of random weights have ties, which fall as the number of candidates has it.
     fields |= {"index_topk": 128, "index_kpool": 4, "index_head_dim": 16, "index_n_heads": 2, "hc_mult": 2}
     vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 96}
-    text = transformers.CONFIG_MAPPING["glm5_next_text"](**fields, **linear, **others)
+    text = transformers.CONFIG_MAPPING["glm5_next_text"](**fields, **linear)
     return kind(text_config=text.to_dict(), vision_config=vision | {"projection_intermediate_size": 64})
 
 
@@ -176,22 +176,29 @@ def test_a_checkpoint_of_real_shapes(model_type, device, tmp_path):
     assert torch.equal(generate(again, ids, max_new_tokens=24), expected)
 
 
+def divergence(expected, actual):
+    """KL(expected ‖ actual) in nats a token, of logarithms of probabilities."""
+    return float((expected.exp() * (expected - actual)).sum(-1).mean())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.supports("bf16", model="{model_type}", backend="cuda")
-def test_bf16_on_a_gpu(model_type, relative_error):
-    model = make(model_type, "cuda", heads=32, head_dim=128).to(torch.bfloat16)
+def test_bf16_on_a_gpu(model_type):
+    # With all experts of a layer for each token: a choice that turns with the last bit would be more than noise.
+    model = make(model_type, "cuda", heads=32, head_dim=128, num_experts_per_tok=4)
     ids = prompt("cuda", length=300)
+    exact = forward(model, ids).log_softmax(-1)
+    model.to(torch.bfloat16)
     expected = forward(model, ids).float().log_softmax(-1)
     kda_hf.accelerate(model)
     actual = forward(model, ids).float().log_softmax(-1)
-    divergence = (expected.exp() * (expected - actual)).sum(-1)
-    assert divergence.mean() < 1e-3, divergence.mean()
+    assert divergence(expected, actual) < 1e-3
+    assert divergence(exact, actual) < 1.25 * divergence(exact, expected)
 
     cache = KDACache(model.config)  # and step by step
     forward(model, ids[:, :280], cache)
     stepped = torch.cat([forward(model, ids[:, t : t + 1], cache) for t in range(280, 300)], 1).float().log_softmax(-1)
-    divergence = (expected[:, 280:].exp() * (expected[:, 280:] - stepped)).sum(-1)
-    assert divergence.mean() < 1e-3, divergence.mean()
+    assert divergence(expected[:, 280:], stepped) < 1e-3
 
 
 @pytest.mark.parametrize("tokens", [1, 77, 300])

@@ -31,7 +31,9 @@ def seed():
 
 
 def randn(*shape, dtype=torch.float32, scale=1.0):
-    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
+    made = (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
+    torch.cuda.synchronize()  # a weight must not be what the kernel right before a product writes
+    return made
 
 
 def within(*shape, dtype):
@@ -87,6 +89,7 @@ def test_what_a_product_leaves_for_the_norm(relative_error, dtype, M, shape):
     ours = rows.KernelRows()
     y, weight, residual = within(M, K, dtype=dtype), randn(N, K, dtype=dtype, scale=K**-0.5), randn(M, N, dtype=dtype)
     norm, following = (1 + randn(N, scale=0.3).to(dtype), EPS), randn(192, N, dtype=dtype, scale=N**-0.5)
+    other = (norm[0].clone(), EPS)
     x = ours.product(y, weight, residual=residual.clone(), next_norm=norm)
     assert torch.equal(x, OURS.product(y, weight, residual=residual.clone()))
     assert (ours.left is not None) == (8 < M <= 32 and dtype == torch.bfloat16)
@@ -102,7 +105,6 @@ def test_what_a_product_leaves_for_the_norm(relative_error, dtype, M, shape):
     assert relative_error(ours.swiglu(x, following, norm), F.silu(gate) * up) < 2 * BOUNDS[dtype]
     # Of another norm, or after another sum in the same place, it is not used.
     x = ours.product(y, weight, residual=residual.clone(), next_norm=norm)
-    other = (norm[0].clone(), EPS)
     assert relative_error(ours.product(x, following, other), expected) < BOUNDS[dtype]
     x = ours.product(y, weight, residual=residual.clone(), next_norm=norm)
     x = ours.product(y, weight, residual=x)

@@ -102,7 +102,12 @@ class TorchRows:
 
 
 class KernelRows(TorchRows):
-    """By the CUDA extension: see `refusal`."""
+    """
+    By the CUDA extension: see `refusal`.
+
+    Its kernels read weights, those of norms included, while the kernel before them in the stream may still be running.
+    So that one must not have written them; any other kernel before may have.
+    """
 
     def __init__(self) -> None:
         # What a product has left for the norm of its result: the result, the norm's weight, their product, and parts of
