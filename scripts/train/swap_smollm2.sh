@@ -74,18 +74,27 @@ fi
 
 say "evaluating"
 models=("$original" "$out/swapped" "$out/stage1" "$out/stage2")
+# What is timed has a GPU to itself, where there are several.
+rest=("${gpus[@]:1}")
+[ "${#rest[@]}" -gt 0 ] || rest=("${gpus[0]}")
+elsewhere() { CUDA_VISIBLE_DEVICES=${rest[$(($1 % ${#rest[@]}))]} python3 "$here/${@:2}"; }
+jobs=()
 {
-  on 0 eval_ppl.py "${models[@]}" --text "$out/heldout.jsonl" --join --json "$out/ppl.json"
-  on 0 eval_ppl.py "${models[@]}" --text "$text/heldout.txt" --document-separator '<|endoftext|>' --join \
+  elsewhere 0 eval_ppl.py "${models[@]}" --text "$out/heldout.jsonl" --join --json "$out/ppl.json"
+  elsewhere 0 eval_ppl.py "${models[@]}" --text "$text/heldout.txt" --document-separator '<|endoftext|>' --join \
     --json "$out/ppl_text.json"
 } > "$out/ppl.txt" 2>&1 &
-jobs=($!)
-on 1 eval_recall.py "$original" "$out/stage1" "$out/stage2" --text "$out/heldout.jsonl" --lengths 512 1024 2048 --chat \
-  --samples 5 --json "$out/recall.json" > "$out/recall.txt" 2>&1 &
 jobs+=($!)
-on 2 eval_chat.py "$original" "$out/stage2" --json "$out/chat.json" > "$out/chat.txt" 2>&1 &
+elsewhere 1 eval_recall.py "$original" "$out/stage1" "$out/stage2" --text "$out/heldout.jsonl" --lengths 512 1024 2048 \
+  --chat --samples 5 --json "$out/recall.json" > "$out/recall.txt" 2>&1 &
 jobs+=($!)
-for job in "${jobs[@]}"; do wait "$job"; done
+elsewhere 2 eval_chat.py "$original" "$out/stage2" --json "$out/chat.json" > "$out/chat.txt" 2>&1 &
+jobs+=($!)
+if [ "${#gpus[@]}" = 1 ]; then
+  for job in "${jobs[@]}"; do wait "$job"; done
+  jobs=()
+fi
 on 0 bench_models.py "$original" "$out/stage2" --json "$out/models.json" > "$out/models.txt" 2>&1
+for job in "${jobs[@]}"; do wait "$job"; done
 tail -n 6 "$out/ppl.txt" "$out/models.txt"
 say "done"
