@@ -65,13 +65,17 @@ if [ ! -e "$out/layers.json" ]; then
     --out "$out/stage1" --overwrite --json "$out/layers.json" > "$out/layers.txt" 2>&1
 fi
 layers=$(python3 -c "import json, sys; print(*json.load(open(sys.argv[1]))['chosen'], sep=',')" "$out/layers.json")
-[ -e "$out/swapped" ] || on 0 swap_layers.py --base "$original" --layers "$layers" --out "$out/swapped" > "$out/swap.txt"
+# For the evaluation alone, beside stage 2.
+{ [ -e "$out/swapped" ] || on 0 swap_layers.py --base "$original" --layers "$layers" --out "$out/swapped"; } \
+  > "$out/swap.txt" 2>&1 &
+swap=$!
 if [ ! -e "$out/stage2" ]; then
   say "stage 2"
   heal "$(joined "${gpus[@]}")" "$text/train.txt" "$shared"/sampled/*.jsonl -- --student "$out/stage1" --stages 2 \
     --stage2-steps "${STAGE2_STEPS:-1200}" --stage2-lr "${STAGE2_LR:-4e-4}" --out "$out" > "$out/heal.log" 2>&1
 fi
 
+wait "$swap"
 say "evaluating"
 models=("$original" "$out/swapped" "$out/stage1" "$out/stage2")
 # What is timed has a GPU to itself, where there are several.
