@@ -29,7 +29,7 @@ def measure(build: Path, cases: list[str], regimes: list[str], repeats: int) -> 
     bandwidth = bench.copy_bandwidth(repeats)
     results = {}
     with torch.no_grad():
-        for case in bench.CASES:
+        for case in bench.CASES + (bench.EXTRA if cases else []):
             for regime in regimes if not cases or case.name in cases else []:
                 torch.manual_seed(0)
                 time = bench.time_of(bench.ours, case, regime, repeats)
@@ -41,7 +41,7 @@ def measure(build: Path, cases: list[str], regimes: list[str], repeats: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("builds", nargs="+", type=Path, metavar="BUILD.so")
-    parser.add_argument("--cases", nargs="+", default=[], metavar="CASE")
+    parser.add_argument("--cases", nargs="+", default=[], metavar="CASE", help="of `bench_prefill.py`, --extra too")
     parser.add_argument(
         "--regimes", nargs="+", choices=("steep", "mild", "softplus", "bimodal"), default=["steep", "mild"]
     )
