@@ -16,6 +16,32 @@ __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontr
 
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// threadIdx.x, read anew: where registers are scarce, the compiler would rather spill it.
+__device__ __forceinline__ int this_thread() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
+__device__ __forceinline__ uint32_t this_sm() {
+  uint32_t x;
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(x));
+  return x;
+}
+
+__device__ __forceinline__ uint32_t all_sms() {
+  uint32_t x;
+  asm volatile("mov.u32 %0, %%nsmid;" : "=r"(x));
+  return x;
+}
+
+// The place of this warp among those that its SM has at a time.
+__device__ __forceinline__ int this_warp_of_sm() {
+  uint32_t x;
+  asm volatile("mov.u32 %0, %%warpid;" : "=r"(x));
+  return static_cast<int>(x);
+}
+
 // Allows `Kernel` its dynamic shared memory, once a device: always the same, where it is more than all kernels may have.
 template <auto Kernel>
 cudaError_t allow_shared_memory(int bytes) {

@@ -7,6 +7,7 @@
 #include <cute/arch/mma_sm90_desc.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
 
+#include "layout.cuh"
 #include "math.cuh"
 
 namespace kda {
@@ -44,9 +45,7 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], 
 
 // -------------------------------------------------------------------------------------------- one warpgroup: WGMMA
 
-// Shared-memory matrices are tiles of 64-element halves: rows of 128 bytes, 16-byte chunks swizzled by (row % 8).
-constexpr int kRowBytes = 128;
-constexpr int kHalfBytes = 64 * kRowBytes;  // 64 rows of one half
+// Shared-memory matrices are the tiles of layout.cuh.
 
 // `leading_bytes` from one half to the next, `stride_bytes` from 8 rows to the next 8. `swizzle` is 1 for 128 bytes, 3 for 32.
 __device__ __forceinline__ uint64_t descriptor(uint32_t smem_address, int leading_bytes, int stride_bytes,
@@ -66,7 +65,6 @@ __device__ __forceinline__ uint64_t descriptor_k_major(uint32_t smem_address) {
 }
 
 // The same for rows of 16 elements of K and no more: 32 bytes, their two 16-byte chunks swizzled by bit 2 of the row.
-constexpr int kNarrowRowBytes = 32;
 __device__ __forceinline__ uint64_t descriptor_k_major_narrow(uint32_t smem_address) {
   return descriptor(smem_address, 16, 8 * kNarrowRowBytes, 3);
 }

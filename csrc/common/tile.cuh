@@ -17,56 +17,7 @@ namespace kda {
 using Barrier = cutlass::arch::ClusterBarrier;
 using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
 
-// Byte offset of 16-byte chunk `chunk` (8 elements) of row `row` in a tile of 64 rows of 16-bit elements: halves of 64
-// columns one after the other, 128-byte rows, chunks swizzled as WGMMA's 128-byte mode wants them.
-__device__ __forceinline__ int tile_offset(int row, int chunk) {
-  return (chunk >> 3) * kHalfBytes + row * kRowBytes + (((chunk & 7) ^ (row & 7)) << 4);
-}
-
 __device__ __forceinline__ uint32_t smem_address(const void* p) { return cute::cast_smem_ptr_to_uint(p); }
-
-// Where a lane's row of a 16 × 16 block of a tile lies, for load_matrices and store_matrices: four 8 × 8 matrices.
-class MatricesAddress {
- public:
-  // Rows 16 * row_block.. and columns 16 * column_block.. of the tile.
-  __device__ __forceinline__ int operator()(int row_block, int column_block) const {
-    return (base ^ (column_block & 3) << 5) + (column_block >> 2) * kHalfBytes + row_block * 16 * kRowBytes;
-  }
-
- protected:
-  __device__ __forceinline__ MatricesAddress(int row, int chunk) : base(row * kRowBytes + ((chunk ^ (row & 7)) << 4)) {}
-
- private:
-  int base;
-};
-
-// As an A operand of m16n8k16 they are its four registers; as a B operand (a row per n), registers 0 and 2 are n = 0..7,
-// registers 1 and 3 n = 8..15.
-struct BlockAddress : MatricesAddress {
-  __device__ __forceinline__ explicit BlockAddress(int lane) : MatricesAddress(lane & 15, lane >> 4) {}
-};
-
-// As B operand of m16n8k16, tokens as n: registers 0 and 1 are rows 0..7, registers 2 and 3 rows 8..15.
-struct ColumnAddress : MatricesAddress {
-  __device__ __forceinline__ explicit ColumnAddress(int lane)
-      : MatricesAddress((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1) {}
-};
-
-// Half of such a block, 16 rows of 8 columns: two matrices.
-class StripeAddress {
- public:
-  __device__ __forceinline__ explicit StripeAddress(int lane) {
-    int row = lane & 15;
-    base = row * kRowBytes + ((row & 7) << 4);
-  }
-  // Rows 16 * row_block.. and columns 8 * chunk.. of the tile.
-  __device__ __forceinline__ int operator()(int row_block, int chunk) const {
-    return (base ^ (chunk & 7) << 4) + (chunk >> 3) * kHalfBytes + row_block * 16 * kRowBytes;
-  }
-
- private:
-  int base;
-};
 
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const char* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -111,23 +62,6 @@ __device__ __forceinline__ void store_matrices_transposed(char* p, uint32_t r0, 
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(p)), "r"(r0),
                "r"(r1), "r"(r2), "r"(r3)
                : "memory");
-}
-
-// The 16 × 16 block of halves at `p` times d: two channels for the first 8 columns, two for the others, as the fragments have
-// them.
-__device__ __forceinline__ void scale_block(char* p, const uint32_t (&d)[2]) {
-  uint32_t r[4];
-  load_matrices(r, p);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) r[i] = multiply_half2(r[i], d[i >> 1]);
-  store_matrices(p, r[0], r[1], r[2], r[3]);
-}
-
-// Zeros in rows first..63 of a tile of `columns` columns.
-__device__ __forceinline__ void clear_rows(char* tile, int columns, int first, int thread, int threads) {
-  for (int i = first * 8 + thread; i < 64 * 8; i += threads)
-    for (int half = 0; half < columns / 64; ++half)
-      *reinterpret_cast<uint4*>(tile + half * kHalfBytes + i * 16) = uint4{};
 }
 
 // 64 rows of 128 bytes, from column `column` of tokens token.. of a head, swizzled. Zeros for rows beyond the tensor.

@@ -55,6 +55,23 @@ struct Place {
   int turn;        // in which to load: 0 for at once
 };
 
+// The 16 × 16 block of halves at `p` times d: two channels for the first 8 columns, two for the others, as the fragments have
+// them.
+__device__ __forceinline__ void scale_block(char* p, const uint32_t (&d)[2]) {
+  uint32_t r[4];
+  load_matrices(r, p);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) r[i] = multiply_half2(r[i], d[i >> 1]);
+  store_matrices(p, r[0], r[1], r[2], r[3]);
+}
+
+// Zeros in rows first..63 of a tile of `columns` columns.
+__device__ __forceinline__ void clear_rows(char* tile, int columns, int first, int thread, int threads) {
+  for (int i = first * 8 + thread; i < 64 * 8; i += threads)
+    for (int half = 0; half < columns / 64; ++half)
+      *reinterpret_cast<uint4*>(tile + half * kHalfBytes + i * 16) = uint4{};
+}
+
 template <int K, bool kFloatGate>
 struct PrepareSmem {
   static constexpr int kTile = kChunk * K * 2;
@@ -88,30 +105,14 @@ struct PrepareSmem {
 };
 
 // Whether this SM is one of those that `recurrence` is to have for itself.
-__device__ __forceinline__ bool is_reserved(const PrefillParams& p) {
-  uint32_t sm, sms;
-  asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
-  asm volatile("mov.u32 %0, %%nsmid;" : "=r"(sms));
-  return sm + p.reserved_sms >= sms;
-}
+__device__ __forceinline__ bool is_reserved(const PrefillParams& p) { return this_sm() + p.reserved_sms >= all_sms(); }
 
 // Which of the CTAs that this SM has at a time this one is, by the places of its warps.
-__device__ __forceinline__ int place_on_sm() {
-  uint32_t warp;
-  asm volatile("mov.u32 %0, %%warpid;" : "=r"(warp));
-  return static_cast<int>(warp) / (kPrepareThreads / 32);
-}
+__device__ __forceinline__ int place_on_sm() { return this_warp_of_sm() / (kPrepareThreads / 32); }
 
 __device__ __forceinline__ void sleep_for(uint32_t cycles) {
   const uint32_t start = clock();
   while (static_cast<uint32_t>(clock()) - start < cycles) __nanosleep(100);
-}
-
-// threadIdx.x, read anew: where registers are scarce, the compiler would rather spill it.
-__device__ __forceinline__ int this_thread() {
-  int x;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-  return x;
 }
 
 // Log-decay in base 2 from what the caller gave, for one channel. `bias` has gone through `prepare_bias`.

@@ -1,0 +1,128 @@
+// Ways in and out of tiles. What the copy engine does is done at once.
+#pragma once
+
+#include <cuda.h>
+
+#include "launch.cuh"
+#include "mma.cuh"
+
+namespace kda {
+
+// What a CUtensorMap holds here.
+struct TileSource {
+  const char* base;
+  int element, tokens;                              // bytes; rows, beyond which there are zeros
+  int64_t batch_stride, token_stride, head_stride;  // bytes
+};
+static_assert(sizeof(TileSource) <= sizeof(CUtensorMap));
+
+// Counts its phases.
+struct Barrier {
+  static void wait(const uint64_t* barrier, uint32_t phase) {
+    while ((*barrier & 1) == phase) emulation::pause();
+  }
+};
+
+struct TransactionBarrier {
+  static inline uint64_t* expecting = nullptr;
+  static inline int bytes = 0;
+
+  static void init(uint64_t* barrier, int) { *barrier = 0; }
+  static void arrive_and_expect_tx(uint64_t* barrier, int expected) {
+    if (expecting != nullptr) emulation::fail("a barrier expects bytes while another one does");
+    expecting = barrier, bytes = expected;
+  }
+  static void complete(uint64_t* barrier, int arrived) {
+    if (barrier != expecting || (bytes -= arrived) < 0) emulation::fail("bytes that no barrier expects");
+    if (bytes == 0) ++*barrier, expecting = nullptr;
+  }
+};
+
+inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(static_cast<const char*>(p) - smem); }
+
+// Lane 8 i + j has the address of row j of matrix i.
+template <int N>
+void load(uint32_t (&r)[N], const char* own, bool transposed) {
+  emulation::hand_around(own, [&](const auto& of) {
+    const int g = emulation::lane() / 4, t = emulation::lane() % 4;
+    for (int i = 0; i < N; ++i) {
+      uint16_t pair[2];
+      for (int e = 0; e < 2; ++e) {
+        const int row = transposed ? 2 * t + e : g, column = transposed ? g : 2 * t + e;
+        std::memcpy(pair + e, of(8 * i + row) + 2 * column, 2);
+      }
+      r[i] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+    }
+    return 0;
+  });
+}
+
+template <int N>
+void store(char* own, const uint32_t (&r)[N], bool transposed) {
+  emulation::hand_around(own, [&](const auto& of) {
+    const int g = emulation::lane() / 4, t = emulation::lane() % 4;
+    for (int i = 0; i < N; ++i)
+      for (int e = 0; e < 2; ++e) {
+        const auto x = static_cast<uint16_t>(r[i] >> 16 * e);
+        const int row = transposed ? 2 * t + e : g, column = transposed ? g : 2 * t + e;
+        std::memcpy(of(8 * i + row) + 2 * column, &x, 2);
+      }
+    return 0;
+  });
+}
+
+template <size_t N>
+void load_matrices(uint32_t (&r)[N], const char* p) {
+  load(r, p, false);
+}
+template <size_t N>
+void load_matrices_transposed(uint32_t (&r)[N], const char* p) {
+  load(r, p, true);
+}
+inline void store_matrices(char* p, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  store(p, {r0, r1, r2, r3}, false);
+}
+inline void store_matrices(char* p, uint32_t r0, uint32_t r1) { store(p, {r0, r1}, false); }
+inline void store_matrices_transposed(char* p, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  store(p, {r0, r1, r2, r3}, true);
+}
+
+inline void load_tile(const CUtensorMap* map, uint64_t* barrier, char* destination, int column, int head, int token,
+                      int batch) {
+  TileSource source;
+  std::memcpy(&source, map, sizeof(source));
+  for (int row = 0; row < 64; ++row)
+    for (int chunk = 0; chunk < 8; ++chunk) {
+      char* const to = destination + row * kRowBytes + ((chunk ^ row % 8) << 4);
+      if (token + row < source.tokens) {
+        std::memcpy(to,
+                    source.base + batch * source.batch_stride + (token + row) * source.token_stride +
+                        head * source.head_stride + column * source.element + chunk * 16,
+                    16);
+      } else {
+        std::memset(to, 0, 16);
+      }
+    }
+  TransactionBarrier::complete(barrier, kHalfBytes);
+}
+
+inline void prefetch_map(const CUtensorMap*) {}
+inline void prefetch_l2(const void*) {}
+inline void fence_async_proxy() {}
+inline void bulk_store(void* to, const char* from, int bytes) { std::memcpy(to, from, bytes); }
+inline void bulk_store_commit() {}
+inline void bulk_stores_have_read() {}
+inline void bulk_stores_are_done() {}
+inline void named_barrier(int id, int threads) { emulation::meet(emulation::cta.named[id], threads); }
+inline void set_flag(int* flag) { *flag = 1; }
+
+}  // namespace kda
+
+namespace cute {
+template <int kLeft>
+void tma_store_wait() {}
+}  // namespace cute
+
+namespace cutlass::arch {
+inline void fence_barrier_init() {}
+}  // namespace cutlass::arch

@@ -1,0 +1,147 @@
+// The kernel `prepare` on a CPU, for tests/test_emulation.py.
+#include "kernels/prefill/prepare.cuh"
+
+namespace kda {
+
+alignas(1024) char smem[160 << 10];
+
+namespace {
+
+template <class Element, int K, Gate kGate, bool kFloatGate>
+void run(const PrefillParams& p, const PrepareMaps& maps, std::mt19937& order) {
+  const auto ctas = static_cast<unsigned>(places(p));
+  for (unsigned i = 0; i < ctas; ++i) {
+    std::memset(smem, 0xff, sizeof(smem));  // NaN
+    emulation::run(i, ctas, order, [&] { prepare<Element, K, kGate, kFloatGate, false>(p, maps); });
+  }
+}
+
+template <class Element, int K, Gate kGate>
+void run(const PrefillParams& p, const PrepareMaps& maps, std::mt19937& order) {
+  p.g_dtype == DType::kFP32 ? run<Element, K, kGate, true>(p, maps, order)
+                            : run<Element, K, kGate, false>(p, maps, order);
+}
+
+template <class Element, int K>
+void run(const PrefillParams& p, const PrepareMaps& maps, std::mt19937& order) {
+  if (p.gate == Gate::kSafe) run<Element, K, Gate::kSafe>(p, maps, order);
+  if (p.gate == Gate::kSoftplus) run<Element, K, Gate::kSoftplus>(p, maps, order);
+  if (p.gate == Gate::kNone) run<Element, K, Gate::kNone>(p, maps, order);
+}
+
+template <class Element>
+void run(const PrefillParams& p, const PrepareMaps& maps, std::mt19937& order) {
+  p.K == 64 ? run<Element, 64>(p, maps, order) : run<Element, 128>(p, maps, order);
+}
+
+int bytes_of(DType dtype) { return dtype == DType::kFP32 ? 4 : 2; }
+
+float half_at(const char* at) {
+  uint16_t x;
+  std::memcpy(&x, at, 2);
+  return float_of<__half>(x);
+}
+
+template <int K>
+void read(const PrefillParams& p, int slot, int head, float* w, float* u, float* kr, float* q, float* P, float* decay,
+          float* scale) {
+  using In = Record<K>;
+  const char* const in = record<K>(p, slot, head);
+  for (int row = 0; row < kChunk; ++row) {
+    for (int column = 0; column < K; ++column) {
+      const int at = tile_offset(row, column / 8) + column % 8 * 2;
+      w[row * K + column] = half_at(in + In::kW + at);
+      kr[row * K + column] = half_at(in + In::kKr + at);
+      q[row * K + column] = half_at(in + In::kQ + at);
+    }
+    for (int column = 0; column < (row / kBlock + 1) * kBlock; ++column)
+      P[row * kChunk + column] = half_at(in + In::kP + p_offset(row, column & ~1) + column % 2 * 2);
+    std::memcpy(scale + row, in + In::kScale + 4 * row, 4);
+  }
+  for (int channel = 0; channel < K; ++channel)
+    std::memcpy(decay + channel, in + In::kDecay + 4 * decay_index(channel), 4);
+  for (int half = 0; half < p.V / 64; ++half)
+    for (int thread = 0; thread < 128; ++thread) {
+      int exponent;
+      std::memcpy(&exponent, in + In::kExponents + 4 * (4 * half + thread / 32), 4);
+      for (int i = 0; i < 32; ++i) {  // as an accumulator of Uᵀ has it
+        const int channel = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8,
+                  token = i / 4 * 8 + thread % 4 * 2 + i % 2;
+        u[token * p.V + 64 * half + channel] = std::ldexp(
+            half_at(in + In::kU + half * In::kUHalfBytes + (i / 8 * 128 + thread) * 16 + i % 8 * 2), exponent);
+      }
+    }
+}
+
+}  // namespace
+
+}  // namespace kda
+
+extern "C" {
+
+// q, k [B, T, H, K], v and out [B, T, HV, V], g [B, T, HV, K], beta [B, T, HV], all contiguous.
+struct Call {
+  const void *q, *k, *v, *g, *beta;
+  void* out;
+  const float *A_log, *dt_bias;
+  const int64_t* cu_seqlens;
+  void* workspace;
+  float* retention;
+  int B, T, H, HV, K, V, N, dtype, g_dtype, gate, segments;
+  float scale, lower_bound;
+  int use_qk_norm, use_beta_sigmoid, allow_neg_eigval, seed;
+};
+
+static kda::PrefillParams params_of(const Call& call) {
+  kda::PrefillParams p{};
+  p.q = call.q, p.k = call.k, p.v = call.v, p.g = call.g, p.beta = call.beta, p.out = call.out;
+  p.A_log = call.A_log, p.dt_bias = call.dt_bias, p.cu_seqlens = call.cu_seqlens, p.cu_seqlens_is_int64 = true;
+  p.workspace = call.workspace, p.retention = call.retention;
+  p.B = call.B, p.T = call.T, p.H = call.H, p.HV = call.HV, p.K = call.K, p.V = call.V, p.N = call.N;
+  p.dtype = static_cast<kda::DType>(call.dtype), p.beta_dtype = p.dtype;
+  p.g_dtype = static_cast<kda::DType>(call.g_dtype), p.gate = static_cast<kda::Gate>(call.gate);
+  p.scale = call.scale, p.lower_bound = call.lower_bound, p.use_qk_norm = call.use_qk_norm;
+  p.use_beta_sigmoid = call.use_beta_sigmoid, p.allow_neg_eigval = call.allow_neg_eigval, p.num_sms = 1;
+  const auto set = [&](int64_t (&strides)[3], int heads, int width) {
+    strides[0] = int64_t{call.T} * heads * width, strides[1] = heads * width, strides[2] = width;
+  };
+  set(p.q_strides, p.H, p.K), set(p.k_strides, p.H, p.K), set(p.g_strides, p.HV, p.K);
+  set(p.v_strides, p.HV, p.V), set(p.out_strides, p.HV, p.V), set(p.beta_strides, p.HV, 1);
+  p.sequences = p.N, p.slots = static_cast<int>(kda::slots_for(p, p.N)), p.segments = call.segments;
+  p.runs = p.sequences * p.segments, p.run_slots = (p.slots + p.runs - 1) / p.runs;
+  return p;
+}
+
+int emulate_slots(const Call* call) { return params_of(*call).slots; }
+
+int emulate_record_bytes(const Call* call) {
+  return call->K == 64 ? kda::Record<64>::kBytes : kda::Record<128>::kBytes;
+}
+
+void emulate_prepare(const Call* call) {
+  const kda::PrefillParams p = params_of(*call);
+  kda::PrepareMaps maps;
+  const auto make = [&](CUtensorMap& map, const void* base, kda::DType dtype, const int64_t (&strides)[3]) {
+    const int element = kda::bytes_of(dtype);
+    const kda::TileSource source{
+        static_cast<const char*>(base), element, p.T, strides[0] * element, strides[1] * element, strides[2] * element};
+    std::memcpy(&map, &source, sizeof(source));
+  };
+  make(maps.q, p.q, p.dtype, p.q_strides), make(maps.k, p.k, p.dtype, p.k_strides);
+  make(maps.v, p.v, p.dtype, p.v_strides), make(maps.g, p.g, p.g_dtype, p.g_strides);
+  std::mt19937 order(call->seed);
+  p.dtype == kda::DType::kFP16 ? kda::run<__half>(p, maps, order) : kda::run<__nv_bfloat16>(p, maps, order);
+}
+
+// Where the records of sequence n begin.
+int emulate_first_slot(const Call* call, int n) { return kda::first_slot(params_of(*call), n); }
+
+// W, Kr and Q [64, K], U [64, V], P [64, 64], of which nothing above the diagonal's blocks is written, decay [K], scale [64].
+void emulate_record(const Call* call, int slot, int head, float* w, float* u, float* kr, float* q, float* P,
+                    float* decay, float* scale) {
+  const kda::PrefillParams p = params_of(*call);
+  p.K == 64 ? kda::read<64>(p, slot, head, w, u, kr, q, P, decay, scale)
+            : kda::read<128>(p, slot, head, w, u, kr, q, P, decay, scale);
+}
+
+}  // extern "C"

@@ -1,0 +1,211 @@
+"""The first prefill kernel, `prepare`, on a CPU: compiled as C++, with tests/emulation in the place of instructions."""
+
+import ctypes
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "third_party"))
+resolve = pytest.importorskip("resolve", reason="needs the source tree")
+if resolve.nvcc() is None:
+    pytest.skip("needs nvcc, which knows where CUDA's headers are", allow_module_level=True)
+
+CHUNK, LOG2E = 64, 1.4426950408889634
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+GATES = {"given": 0, "safe": 1, "softplus": 2}
+
+
+class Call(ctypes.Structure):
+    """As in prepare.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "g", "beta", "out", "A_log", "dt_bias", "cu_seqlens")),
+        *((name, ctypes.c_void_p) for name in ("workspace", "retention")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("B", "T", "H", "HV", "K", "V", "N", "dtype", "g_dtype", "gate", "segments")
+        ),
+        *((name, ctypes.c_float) for name in ("scale", "lower_bound")),
+        *((name, ctypes.c_int) for name in ("use_qk_norm", "use_beta_sigmoid", "allow_neg_eigval", "seed")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory):
+    library = tmp_path_factory.mktemp("emulation") / "prepare.so"
+    include = f"-iquote,{ROOT / 'tests' / 'emulation'},-iquote,{ROOT / 'csrc'}"
+    try:
+        cutlass = resolve.cutlass()
+    except resolve.NotFound as error:
+        pytest.skip(str(error))
+    command = [resolve.nvcc(), "-x", "c++", "-std=c++20", "-O2", "--shared", "-Xcompiler", f"-fPIC,-w,{include}"]
+    command += [f"-I{ROOT / 'tests' / 'emulation'}", f"-I{cutlass}", "-o", library]
+    result = subprocess.run([*command, ROOT / "tests" / "emulation" / "prepare.cpp"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return ctypes.CDLL(str(library))
+
+
+def inputs(dtype, K, V, gate, lengths, g_dtype, size, H=1, HV=2, **flags):
+    """`size` of the gate: how steep it is where it is given, what is added to its bias else."""
+    seed = torch.seed() % 2**31
+    print(f"torch.manual_seed({seed})")
+    torch.manual_seed(seed)
+    B, T = (2, 130) if lengths is None else (1, sum(lengths) + 3)
+    x = {name: torch.randn(B, T, H, K).to(dtype) for name in ("q", "k")}
+    x |= {"v": torch.randn(B, T, HV, V).to(dtype), "beta": torch.randn(B, T, HV).to(dtype)}
+    x["g"] = torch.randn(B, T, HV, K).to(g_dtype or dtype)
+    if gate == "given":
+        x["g"] = (-x["g"].abs() * size).to(g_dtype or dtype)
+    else:
+        x |= {"A_log": torch.rand(HV) * 0.2, "dt_bias": torch.randn(HV, K) * 0.5 + size}
+    if lengths is not None:
+        x["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)])
+    x["scale"], x["lower_bound"], x["gate"] = K**-0.5, -5.0 if gate == "safe" else 0.0, gate
+    return x | {"use_qk_norm": True, "use_beta_sigmoid": True, "allow_neg_eigval": False} | flags
+
+
+def emulated(library, x, segments=2, seed=0):
+    """Records of each sequence, a list of chunks each, and how much they keep of a state."""
+    B, T, H, K = x["q"].shape
+    HV, V, packed = x["v"].shape[2], x["v"].shape[3], "cu_seqlens" in x
+    N = len(x["cu_seqlens"]) - 1 if packed else B
+    call = Call(B=B, T=T, H=H, HV=HV, K=K, V=V, N=N, dtype=DTYPES[x["q"].dtype], g_dtype=DTYPES[x["g"].dtype])
+    call.gate, call.segments, call.seed = GATES[x["gate"]], segments, seed
+    for name in ("scale", "lower_bound", "use_qk_norm", "use_beta_sigmoid", "allow_neg_eigval"):
+        setattr(call, name, x[name])
+    out = torch.full_like(x["v"], float("nan"))
+    for name, tensor in {**x, "out": out}.items():
+        if isinstance(tensor, torch.Tensor):
+            setattr(call, name, tensor.data_ptr())
+    slots = library.emulate_slots(ctypes.byref(call))
+    room = torch.full((slots * HV * library.emulate_record_bytes(ctypes.byref(call)) + 256,), 0xFF, dtype=torch.uint8)
+    retention = torch.full((2, HV, slots), float("nan"))
+    call.workspace, call.retention = room.data_ptr() + -room.data_ptr() % 256, retention.data_ptr()
+    library.emulate_prepare(ctypes.byref(call))
+
+    def record(slot, head):
+        made = {name: torch.full((CHUNK, K), float("nan")) for name in ("W", "Kr", "Q")}
+        made |= {"U": torch.full((CHUNK, V), float("nan")), "P": torch.zeros(CHUNK, CHUNK)}
+        made |= {"decay": torch.full((K,), float("nan")), "scale": torch.full((CHUNK,), float("nan"))}
+        order = (made[name].data_ptr() for name in ("W", "U", "Kr", "Q", "P", "decay", "scale"))
+        library.emulate_record(ctypes.byref(call), slot, head, *map(ctypes.c_void_p, order))
+        return made | {"retention": retention[: V // 64, head, slot].clone()}
+
+    first = [library.emulate_first_slot(ctypes.byref(call), n) for n in range(N)]
+    lengths = x["cu_seqlens"].diff().tolist() if packed else [T] * N
+    records = [
+        [[record(first[n] + c, head) for head in range(HV)] for c in range((length + CHUNK - 1) // CHUNK)]
+        for n, length in enumerate(lengths)
+    ]
+    return records, out
+
+
+def exact(x, n, chunk, head):
+    """The record of a chunk by the formulas of record.cuh, in float64."""
+    packed = "cu_seqlens" in x
+    start, end = x["cu_seqlens"][n : n + 2].tolist() if packed else (0, x["q"].shape[1])
+    start, batch = start + chunk * CHUNK, 0 if packed else n
+    rows, group = slice(start, min(start + CHUNK, end)), x["v"].shape[2] // x["q"].shape[2]
+
+    def of(name, head):
+        part = x[name][batch, rows, head].double()
+        return torch.cat([part, part.new_zeros(CHUNK - len(part), *part.shape[1:])])
+
+    q, k, v, beta, g = of("q", head // group), of("k", head // group), of("v", head), of("beta", head), of("g", head)
+    valid = torch.arange(CHUNK) < rows.stop - rows.start
+    if x["gate"] != "given":
+        rate, biased = x["A_log"][head].double().exp(), g + x["dt_bias"][head].double()
+        if x["gate"] == "safe":
+            g = x["lower_bound"] * (rate * biased).sigmoid()
+        else:
+            g = -rate * torch.nn.functional.softplus(biased)
+    g = g * valid[:, None]
+    if x["use_beta_sigmoid"]:
+        beta = beta.sigmoid() * (2 if x["allow_neg_eigval"] else 1)
+    beta = beta * valid
+    lengths = [(y.pow(2).sum(-1) + (1e-6 if x["use_qk_norm"] else 1e-300)).sqrt() for y in (q, k)]
+    q, k = q / lengths[0][:, None], k / lengths[1][:, None]
+    m, length = (torch.ones(CHUNK).double(),) * 2 if x["use_qk_norm"] else lengths
+    G = g.cumsum(0)
+    between = (G[:, None] - G[None]).clamp(max=0).exp()
+    A = torch.einsum("id,jd,ijd->ij", k, k, between).tril(-1) * (beta * length**2)[:, None]
+    X = torch.linalg.inv(torch.eye(CHUNK).double() + A)
+    longest = torch.maximum(torch.ones(()), (1 - beta * length**2).abs()).log2()
+    return {
+        "W": X @ ((beta * length**2)[:, None] * k * G.exp()),
+        "U": X @ ((beta * length)[:, None] * v),
+        "Kr": k * (G[-1] - G).exp(),
+        "Q": q * G.exp(),
+        "P": torch.einsum("id,jd,ijd->ij", q, k, between).tril(),
+        "decay": G[-1].exp(),
+        "scale": x["scale"] * m * valid,
+        "retention": ((g.max(-1).values * LOG2E + longest) * valid).sum().expand(x["v"].shape[3] // 64),
+    }, valid
+
+
+BOUNDS = {"W": 7e-4, "U": 4e-4, "Kr": 5e-4, "Q": 5e-4, "P": 6e-4, "decay": 1e-3, "scale": 1e-6, "retention": 1e-3}
+
+CASES = {
+    "safe": (torch.bfloat16, 128, 128, "safe", 0.0, None),
+    "safe, mild": (torch.bfloat16, 128, 128, "safe", -6.5, None),
+    "safe, fp16, fp32 gate, V = 64": (torch.float16, 128, 64, "safe", 0.0, torch.float32),
+    "softplus, K = 64": (torch.bfloat16, 64, 128, "softplus", -2.0, None),
+    "given": (torch.float16, 128, 128, "given", 1.0, None),
+    "given, steep": (torch.float16, 128, 128, "given", 30.0, None),  # beyond what factors of a block can have
+    "given, mild, fp32, 64": (torch.bfloat16, 64, 64, "given", 0.01, torch.float32),
+}
+
+
+@pytest.mark.parametrize("lengths", [None, [70, 0, 65, 1, 5]], ids=["dense", "packed"])
+@pytest.mark.parametrize("case", CASES)
+def test_records(emulation, relative_error, case, lengths):
+    dtype, K, V, gate, size, g_dtype = CASES[case]
+    x = inputs(dtype, K, V, gate, lengths, g_dtype, size)
+    records, out = emulated(emulation, x)
+    errors = {name: ([], []) for name in BOUNDS}
+    for n, sequence in enumerate(records):
+        for chunk, heads in enumerate(sequence):
+            for head, record in enumerate(heads):
+                expected, valid = exact(x, n, chunk, head)
+                record["scale"] *= valid
+                for name in BOUNDS:
+                    errors[name][0].append(record[name].flatten())
+                    errors[name][1].append(expected[name].flatten())
+    for name, bound in BOUNDS.items():
+        assert relative_error(*map(torch.cat, errors[name])) < bound, name
+    if lengths is not None:
+        assert (out[0, sum(lengths) :] == 0).all()  # tokens of no sequence
+        assert out[0, : sum(lengths)].isnan().all()
+
+
+@pytest.mark.parametrize("gate", ["safe", "softplus"])
+def test_lengths_that_are_not_normed(emulation, relative_error, gate):
+    x = inputs(torch.float16, 128, 128, gate, None, None, -3.0, H=2, use_qk_norm=False, use_beta_sigmoid=False)
+    x["q"], x["k"], x["beta"] = x["q"] * 3, x["k"] / 16, x["beta"].sigmoid()
+    records, _ = emulated(emulation, x)
+    for n, sequence in enumerate(records):
+        for chunk, heads in enumerate(sequence):
+            for head, record in enumerate(heads):
+                expected, valid = exact(x, n, chunk, head)
+                record["scale"] *= valid
+                for name, bound in BOUNDS.items():
+                    assert relative_error(record[name], expected[name]) < 3 * bound, name
+
+
+def flat(records):
+    return [record for sequence in records for heads in sequence for record in heads]
+
+
+def test_the_order_of_threads_does_not_matter(emulation):
+    x = inputs(torch.bfloat16, 128, 128, "safe", [70, 0, 65], None, 0.0)
+    expected, _ = emulated(emulation, x, seed=1)
+    for seed in range(2, 6):
+        actual, _ = emulated(emulation, x, seed=seed)
+        for record, other in zip(flat(actual), flat(expected), strict=True):
+            assert all(torch.equal(record[name], other[name]) for name in BOUNDS if name != "scale")
