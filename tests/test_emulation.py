@@ -1,4 +1,4 @@
-"""The first prefill kernel, `prepare`, on a CPU: compiled as C++, with tests/emulation in the place of instructions."""
+"""The prefill kernels on a CPU: compiled as C++, with tests/emulation in the place of instructions."""
 
 import ctypes
 import itertools
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from kda_hf.ops.reference import kda_reference
 
 
 ROOT = Path(__file__).parent.parent
@@ -22,41 +24,52 @@ GATES = {"given": 0, "safe": 1, "softplus": 2}
 
 
 class Call(ctypes.Structure):
-    """As in prepare.cpp."""
+    """As in prefill.cpp."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "g", "beta", "out", "A_log", "dt_bias", "cu_seqlens")),
-        *((name, ctypes.c_void_p) for name in ("workspace", "retention")),
-        *(
-            (name, ctypes.c_int)
-            for name in ("B", "T", "H", "HV", "K", "V", "N", "dtype", "g_dtype", "gate", "segments")
-        ),
+        *((name, ctypes.c_void_p) for name in ("initial_state", "final_state", "states", "workspace", "retention")),
+        *((name, ctypes.c_void_p) for name in ("compositions", "flags")),
+        *((name, ctypes.c_int) for name in ("B", "T", "H", "HV", "K", "V", "N", "dtype", "g_dtype", "gate")),
+        *((name, ctypes.c_int) for name in ("halves", "segments", "sharers", "composed_chunks")),
         *((name, ctypes.c_float) for name in ("scale", "lower_bound")),
-        *((name, ctypes.c_int) for name in ("use_qk_norm", "use_beta_sigmoid", "allow_neg_eigval", "seed")),
+        *((name, ctypes.c_int) for name in ("use_qk_norm", "use_beta_sigmoid", "allow_neg_eigval", "state_v_first")),
+        ("seed", ctypes.c_int),
     ]
 
 
 @pytest.fixture(scope="module")
 def emulation(tmp_path_factory):
-    library = tmp_path_factory.mktemp("emulation") / "prepare.so"
+    library = tmp_path_factory.mktemp("emulation") / "prefill.so"
     include = f"-iquote,{ROOT / 'tests' / 'emulation'},-iquote,{ROOT / 'csrc'}"
     try:
         cutlass = resolve.cutlass()
     except resolve.NotFound as error:
         pytest.skip(str(error))
-    command = [resolve.nvcc(), "-x", "c++", "-std=c++20", "-O2", "--shared", "-Xcompiler", f"-fPIC,-w,{include}"]
+    command = [
+        resolve.nvcc(),
+        "-x",
+        "c++",
+        "-std=c++20",
+        "-O2",
+        "--shared",
+        "-Xcompiler",
+        f"-fPIC,-w,-pthread,{include}",
+    ]
     command += [f"-I{ROOT / 'tests' / 'emulation'}", f"-I{cutlass}", "-o", library]
-    result = subprocess.run([*command, ROOT / "tests" / "emulation" / "prepare.cpp"], capture_output=True, text=True)
+    result = subprocess.run([*command, ROOT / "tests" / "emulation" / "prefill.cpp"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return ctypes.CDLL(str(library))
+    found = ctypes.CDLL(str(library))
+    found.emulate_composition_bytes.restype = ctypes.c_int64
+    return found
 
 
-def inputs(dtype, K, V, gate, lengths, g_dtype, size, H=1, HV=2, **flags):
+def inputs(dtype, K, V, gate, lengths, g_dtype, size, H=1, HV=2, T=130, **flags):
     """`size` of the gate: how steep it is where it is given, what is added to its bias else."""
     seed = torch.seed() % 2**31
     print(f"torch.manual_seed({seed})")
     torch.manual_seed(seed)
-    B, T = (2, 130) if lengths is None else (1, sum(lengths) + 3)
+    B, T = (2, T) if lengths is None else (1, sum(lengths) + 3)
     x = {name: torch.randn(B, T, H, K).to(dtype) for name in ("q", "k")}
     x |= {"v": torch.randn(B, T, HV, V).to(dtype), "beta": torch.randn(B, T, HV).to(dtype)}
     x["g"] = torch.randn(B, T, HV, K).to(g_dtype or dtype)
@@ -70,29 +83,53 @@ def inputs(dtype, K, V, gate, lengths, g_dtype, size, H=1, HV=2, **flags):
     return x | {"use_qk_norm": True, "use_beta_sigmoid": True, "allow_neg_eigval": False} | flags
 
 
-def emulated(library, x, segments=2, seed=0):
-    """Records of each sequence, a list of chunks each, and how much they keep of a state."""
+def nan(*shape, dtype=torch.float32):
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def prepared(library, x, **settings):
+    """A call whose records are made, and the tensors that belong to it."""
     B, T, H, K = x["q"].shape
     HV, V, packed = x["v"].shape[2], x["v"].shape[3], "cu_seqlens" in x
     N = len(x["cu_seqlens"]) - 1 if packed else B
     call = Call(B=B, T=T, H=H, HV=HV, K=K, V=V, N=N, dtype=DTYPES[x["q"].dtype], g_dtype=DTYPES[x["g"].dtype])
-    call.gate, call.segments, call.seed = GATES[x["gate"]], segments, seed
-    for name in ("scale", "lower_bound", "use_qk_norm", "use_beta_sigmoid", "allow_neg_eigval"):
-        setattr(call, name, x[name])
-    out = torch.full_like(x["v"], float("nan"))
-    for name, tensor in {**x, "out": out}.items():
-        if isinstance(tensor, torch.Tensor):
-            setattr(call, name, tensor.data_ptr())
-    slots = library.emulate_slots(ctypes.byref(call))
-    room = torch.full((slots * HV * library.emulate_record_bytes(ctypes.byref(call)) + 256,), 0xFF, dtype=torch.uint8)
-    retention = torch.full((2, HV, slots), float("nan"))
-    call.workspace, call.retention = room.data_ptr() + -room.data_ptr() % 256, retention.data_ptr()
-    library.emulate_prepare(ctypes.byref(call))
+    call.gate = GATES[x["gate"]]
+    names = ("scale", "lower_bound", "use_qk_norm", "use_beta_sigmoid", "allow_neg_eigval")
+    for name, value in {**{name: x[name] for name in names}, "segments": 1, "sharers": 1, **settings}.items():
+        setattr(call, name, value)
+    tensors = {name: y for name, y in x.items() if isinstance(y, torch.Tensor)}
+    call.cu_seqlens = tensors["cu_seqlens"].data_ptr() if packed else None
+    at = ctypes.byref(call)
+    slots = library.emulate_slots(at)
+
+    def room(size):  # of any content
+        return torch.full((size + 256,), 0xFF, dtype=torch.uint8)
+
+    tensors |= {"out": torch.full_like(x["v"], float("nan")), "retention": nan(2, HV, slots)}
+    tensors |= {"workspace": room(slots * HV * library.emulate_record_bytes(at))}
+    tensors |= {"compositions": room(library.emulate_composition_bytes(at))}
+    tensors |= {"flags": torch.full((HV * N * call.segments * 2,), -1, dtype=torch.int32)}
+    for name, tensor in tensors.items():
+        aligned = name in ("workspace", "compositions")
+        setattr(call, name, tensor.data_ptr() + (-tensor.data_ptr() % 256 if aligned else 0))
+    if call.segments == 1:
+        call.retention = None
+    if call.composed_chunks == 0:
+        call.flags = None
+    library.emulate_prepare(at)
+    return call, tensors
+
+
+def emulated(library, x, seed=0):
+    """Records of each sequence, a list of chunks each, and how much they keep of a state."""
+    call, tensors = prepared(library, x, segments=2, seed=seed)
+    N, T, HV, K, V = call.N, call.T, call.HV, call.K, call.V
+    out, retention, packed = tensors["out"], tensors["retention"], "cu_seqlens" in x
 
     def record(slot, head):
-        made = {name: torch.full((CHUNK, K), float("nan")) for name in ("W", "Kr", "Q")}
-        made |= {"U": torch.full((CHUNK, V), float("nan")), "P": torch.zeros(CHUNK, CHUNK)}
-        made |= {"decay": torch.full((K,), float("nan")), "scale": torch.full((CHUNK,), float("nan"))}
+        made = {name: nan(CHUNK, K) for name in ("W", "Kr", "Q")}
+        made |= {"U": nan(CHUNK, V), "P": torch.zeros(CHUNK, CHUNK)}
+        made |= {"decay": nan(K), "scale": nan(CHUNK)}
         order = (made[name].data_ptr() for name in ("W", "U", "Kr", "Q", "P", "decay", "scale"))
         library.emulate_record(ctypes.byref(call), slot, head, *map(ctypes.c_void_p, order))
         return made | {"retention": retention[: V // 64, head, slot].clone()}
@@ -209,3 +246,51 @@ def test_the_order_of_threads_does_not_matter(emulation):
         actual, _ = emulated(emulation, x, seed=seed)
         for record, other in zip(flat(actual), flat(expected), strict=True):
             assert all(torch.equal(record[name], other[name]) for name in BOUNDS if name != "scale")
+
+
+# dtype, K, V, gate and its size, lengths or tokens of two sequences, and how the chains are carried.
+CHAINS = {
+    "both halves": (torch.bfloat16, 128, 128, "safe", -3.0, 200, {"halves": 2}),
+    "one half, clusters": (torch.bfloat16, 128, 128, "safe", 0.0, [70, 0, 129], {"halves": 1, "sharers": 2}),
+    "K = V = 64": (torch.float16, 64, 64, "softplus", -2.0, [1, 64, 65], {"halves": 1}),
+    "shared by two": (torch.bfloat16, 128, 128, "safe", -6.5, [500, 70, 0], {"halves": 1, "segments": 2}),
+    "forgotten": (torch.bfloat16, 128, 128, "safe", 1.0, [1100, 64], {"halves": 1, "segments": 3, "sharers": 2}),
+    "composed": (
+        torch.bfloat16, 128, 128, "safe", -6.5, [960, 70, 3],
+        {"halves": 1, "segments": 4, "sharers": 2, "composed_chunks": 4},
+    ),
+    "composed, V = 64": (
+        torch.float16, 128, 64, "given", 0.01, [900], {"halves": 1, "segments": 3, "composed_chunks": 4}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHAINS)
+def test_prefill(emulation, relative_error, case):
+    dtype, K, V, gate, size, tokens, settings = CHAINS[case]
+    lengths, T = (tokens, 0) if isinstance(tokens, list) else (None, tokens)
+    x = inputs(dtype, K, V, gate, lengths, None, size, T=T)
+    N, HV, v_first = len(lengths or (1, 2)), 2, "composed" not in case
+    states = nan(
+        *((sum(lengths) // CHUNK + N,) if lengths else (N * -(-T // CHUNK),)), HV, *((V, K) if v_first else (K, V))
+    )
+    y = {"initial_state": torch.randn(N, *states.shape[1:]), "final_state": nan(N, *states.shape[1:])}
+    y |= {"states": states} if case in ("both halves", "one half, clusters", "composed") else {}
+    call, tensors = prepared(emulation, x | y, state_v_first=v_first, **settings)
+    emulation.emulate_recurrence(ctypes.byref(call))
+    flags = {name: x[name] for name in ("scale", "use_qk_norm", "use_beta_sigmoid", "allow_neg_eigval")}
+    given = {name: x[name] for name in ("A_log", "dt_bias", "cu_seqlens") if name in x}
+    o, final, between = kda_reference(
+        *(x[name].double() for name in ("q", "k", "v", "g", "beta")), y["initial_state"].double(), **given, **flags,
+        lower_bound=x["lower_bound"] if gate == "safe" else None, use_gate=gate != "given", state_v_first=v_first,
+    )  # fmt: skip
+    last = sum(lengths) if lengths else T
+    assert relative_error(tensors["out"][:, :last], o[:, :last]) < (3e-3 if dtype == torch.bfloat16 else 1e-3)
+    assert relative_error(y["final_state"], final) < 1.5e-3
+    if "states" in y:
+        assert (
+            relative_error(
+                states[: between[0].numel() // states[0].numel() if lengths else None], between.flatten(0, 1)
+            )
+            < 1.5e-3
+        )

@@ -1,5 +1,6 @@
-// Threads of one CTA on a CPU: each is a context of its own, and runs until it meets others, in a warp or at a barrier. Kernels are
-// compiled as C++, with the headers of this folder in the place of those in csrc/common that consist of instructions of a GPU.
+// CTAs on a CPU. Each thread is a context of its own, and runs until it meets others, in a warp or at a barrier; each CTA is a thread
+// of the CPU, of which one runs at a time. Kernels are compiled as C++, with the headers of this folder in the place of those
+// in csrc/common that consist of instructions of a GPU.
 //
 // What this shows is arithmetic, addresses, the order of what threads tell each other, and reads of what nobody has written. What
 // it does not: memory that becomes visible late, the copy engine's limits, time.
@@ -12,12 +13,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <random>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -28,11 +32,11 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n)
-#define __shared__
+#define __shared__ thread_local
 
 namespace emulation {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kMostThreads = 384, kMostWarps = kMostThreads / 32;
 constexpr size_t kStack = 128 << 10;
 
 struct Meeting {  // of a number of threads
@@ -47,16 +51,32 @@ struct Thread {
 };
 
 struct Cta {
-  Thread threads[kThreads];
+  Thread threads[kMostThreads];
   ucontext_t scheduler;
-  int current = 0;
+  int current = 0, size = 0;
   unsigned index = 0, count = 1;  // blockIdx.x, gridDim.x
   std::function<void()> kernel;
-  Meeting all, named[16], warps[kWarps];
-  uint64_t handed[kWarps][32][4];  // what lanes show each other
+  Meeting all, named[16], warps[kMostWarps];
+  uint64_t handed[kMostWarps][32][4];  // what lanes show each other
 };
 
-inline Cta cta;
+inline thread_local Cta cta;
+
+// A cluster: shared memory of each of its CTAs, and where all of their threads meet that have not ended.
+struct Cluster {
+  std::vector<char*> memory;
+  Meeting all;
+  int threads = 0;
+
+  void look() {
+    if (all.arrived < threads || threads == 0) return;
+    all.arrived = 0;
+    ++all.round;
+  }
+};
+
+inline thread_local Cluster* cluster;
+inline thread_local unsigned rank_in_cluster;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulation: %s\n", what);
@@ -76,6 +96,13 @@ inline void meet(Meeting& meeting, int threads) {
   } else {
     while (meeting.round == round) pause();
   }
+}
+
+inline void meet_cluster() {
+  const unsigned round = cluster->all.round;
+  ++cluster->all.arrived;
+  cluster->look();
+  while (cluster->all.round == round) pause();
 }
 
 inline void meet_warp() { meet(cta.warps[warp()], 32); }
@@ -108,20 +135,55 @@ inline uint32_t ballot(bool own) {
   });
 }
 
+template <class T, class Function>
+T reduce(const T& own, const Function& function) {
+  return hand_around(own, [&](const auto& of) {
+    T result = of(0);
+    for (int lane = 1; lane < 32; ++lane) result = function(result, of(lane));
+    return result;
+  });
+}
+
 inline void run_thread() {
   cta.kernel();
   cta.threads[cta.current].has_ended = true;
+  --cluster->threads;
+  cluster->look();
   while (true) pause();
 }
 
-// Runs one CTA. Warps take turns in an order that `order` draws anew each time, and some of them stand still for a while, so that
-// whoever should wait for others and does not is found out.
-inline void run(unsigned index, unsigned count, std::mt19937& order, const std::function<void()>& kernel) {
-  cta.index = index, cta.count = count, cta.kernel = kernel;
-  cta.all = {};
-  for (Meeting& meeting : cta.named) meeting = {};
-  for (Meeting& meeting : cta.warps) meeting = {};
-  for (int i = 0; i < kThreads; ++i) {
+// CTAs of a grid take turns: whose it is, of those that have not ended.
+class Turns {
+ public:
+  Turns(int ctas, uint32_t seed) : order(seed) {
+    for (int i = 0; i < ctas; ++i) alive.push_back(i);
+    draw();
+  }
+  void wait(int own) {
+    std::unique_lock lock(mutex);
+    changed.wait(lock, [&] { return now == own; });
+  }
+  void pass(int own, bool has_ended) {
+    const std::lock_guard lock(mutex);
+    if (has_ended) alive.erase(std::find(alive.begin(), alive.end(), own));
+    draw();
+    changed.notify_all();
+  }
+
+ private:
+  void draw() { now = alive.empty() ? -1 : alive[order() % alive.size()]; }
+
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::mt19937 order;
+  std::vector<int> alive;
+  int now;
+};
+
+// Runs this thread's CTA. Warps take turns in an order that `order` draws anew each time, and some of them stand still for a
+// while, so that whoever should wait for others and does not is found out.
+inline void run_cta(std::mt19937& order, Turns& turns_of_ctas, int own) {
+  for (int i = 0; i < cta.size; ++i) {
     Thread& thread = cta.threads[i];
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
@@ -130,11 +192,15 @@ inline void run(unsigned index, unsigned count, std::mt19937& order, const std::
     makecontext(&thread.context, run_thread, 0);
     thread.has_ended = false;
   }
-  std::vector<int> turns(kWarps);
-  for (int i = 0; i < kWarps; ++i) turns[i] = i;
+  std::vector<int> turns(cta.size / 32);
+  for (size_t i = 0; i < turns.size(); ++i) turns[i] = static_cast<int>(i);
   uint32_t stands_still = 0;  // a bit a warp
   for (long rounds = 0; !turns.empty(); ++rounds) {
     if (rounds == 10'000'000) fail("threads wait for ever");
+    if (rounds % 16 == 15) {
+      turns_of_ctas.pass(own, false);
+      turns_of_ctas.wait(own);
+    }
     if (order() % 128 == 0) stands_still = order() & order();
     std::shuffle(turns.begin(), turns.end(), order);
     for (const int warp : turns)
@@ -149,6 +215,28 @@ inline void run(unsigned index, unsigned count, std::mt19937& order, const std::
     };
     turns.erase(std::remove_if(turns.begin(), turns.end(), has_ended), turns.end());
   }
+}
+
+// Runs CTAs first.. of a grid of `count` at the same time, `size` threads each, `cluster_size` of them in a cluster. `memory`
+// gives a CTA's shared memory, which is filled with NaN.
+template <class Memory>
+void run(unsigned first, unsigned ctas, unsigned count, int size, unsigned cluster_size, uint32_t seed,
+         const Memory& memory, const std::function<void()>& kernel) {
+  Turns turns(static_cast<int>(ctas), seed);
+  std::vector<Cluster> clusters((ctas + cluster_size - 1) / cluster_size);
+  for (Cluster& each : clusters) each.memory.resize(cluster_size), each.threads = size * static_cast<int>(cluster_size);
+  std::vector<std::thread> threads;
+  for (unsigned i = 0; i < ctas; ++i)
+    threads.emplace_back([&, i] {
+      turns.wait(static_cast<int>(i));
+      cta.index = first + i, cta.count = count, cta.size = size, cta.kernel = kernel;
+      cluster = &clusters[i / cluster_size], rank_in_cluster = i % cluster_size;
+      cluster->memory[rank_in_cluster] = memory();
+      std::mt19937 order(seed + 7919 * (first + i));
+      run_cta(order, turns, static_cast<int>(i));
+      turns.pass(static_cast<int>(i), true);
+    });
+  for (std::thread& thread : threads) thread.join();
 }
 
 struct Index {
@@ -176,16 +264,22 @@ T fetch_and_add(T* at, T more) {
 #define threadIdx (emulation::Index{static_cast<unsigned>(emulation::cta.current)})
 #define blockIdx (emulation::Index{emulation::cta.index})
 #define gridDim (emulation::Index{emulation::cta.count})
-#define __syncthreads() emulation::meet(emulation::cta.all, emulation::kThreads)
+#define __syncthreads() emulation::meet(emulation::cta.all, emulation::cta.size)
 #define __syncwarp() emulation::meet_warp()
 #define __shfl_sync(mask, x, lane) emulation::from_lane(x, lane)
 #define __shfl_xor_sync(mask, x, other) emulation::from_lane(x, emulation::lane() ^ (other))
 #define __ballot_sync(mask, x) emulation::ballot(x)
 #define __any_sync(mask, x) (emulation::ballot(x) != 0)
+#define __all_sync(mask, x) (emulation::ballot(x) == ~0u)
+#define __reduce_max_sync(mask, x) emulation::reduce(x, [](auto a, auto b) { return a > b ? a : b; })
+#define __reduce_min_sync(mask, x) emulation::reduce(x, [](auto a, auto b) { return a < b ? a : b; })
+#define __reduce_add_sync(mask, x) emulation::reduce(x, [](auto a, auto b) { return a + b; })
 #define __popc(x) __builtin_popcount(x)
+#define __ffs(x) __builtin_ffs(x)
 #define __nanosleep(ns) emulation::pause()
 #define __threadfence()
 #define __ldg(at) (*(at))
+#define __ldcg(at) (*(at))
 #define atomicAdd(at, more) emulation::fetch_and_add(at, more)
 #define clock() (static_cast<uint32_t>(1 << 20) * emulation::fetch_and_add(&emulation::ticks, 1u))
 #define __int_as_float(x) emulation::bits_of<float>(static_cast<int32_t>(x))

@@ -9,7 +9,7 @@ namespace kda {
 
 enum class Major { K, MN };
 
-extern char smem[];  // that of the kernel
+extern thread_local char smem[];  // that of the kernel
 
 // a: 16 × 8 n, b: 8 n × 8, as m16n8k16 (n = 2) and m16n8k8 in tf32 have them; `element` takes one of a register.
 template <int kSize, class Function>
@@ -47,30 +47,61 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   multiply<8>(c, a, b0, b1, [](uint32_t x, int) { return __uint_as_float(x & ~0x1fffu); });
 }
 
-// A descriptor is the address, which the swizzle changes as a whole.
+enum class ScaleIn { One, Neg };
+
+// A descriptor is the address, which the swizzle changes as a whole, and a bit for rows of 32 bytes.
+constexpr uint64_t kNarrow = uint64_t{1} << 40;
 inline uint64_t descriptor_k_major(uint32_t address) { return address; }
 inline uint64_t descriptor_mn_major(uint32_t address) { return address; }
+inline uint64_t descriptor_k_major_narrow(uint32_t address) { return kNarrow | address; }
 inline uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + bytes; }
 
 template <class Element, Major kMajor>
 float operand(uint64_t descriptor, int mn, int k) {
-  const auto at =
-      static_cast<uint32_t>(descriptor) + (kMajor == Major::K ? mn * kRowBytes + 2 * k : k * kRowBytes + 2 * mn);
+  auto at = static_cast<uint32_t>(descriptor);
+  if (descriptor & kNarrow) {
+    at += mn * kNarrowRowBytes + 2 * k;
+    at ^= at >> 3 & 0x10;
+  } else {
+    at += kMajor == Major::K ? mn * kRowBytes + 2 * k : mn / 64 * kHalfBytes + k * kRowBytes + mn % 64 * 2;
+    at ^= at >> 3 & 0x70;
+  }
   uint16_t x;
-  std::memcpy(&x, smem + (at ^ (at >> 3 & 0x70)), 2);
+  std::memcpy(&x, smem + at, 2);
   return float_of<Element>(x);
+}
+
+// Calls `a` for 64 × 16 of the first operand: a row of this warp's 16, and k.
+template <class Element, Major kMajorB, size_t N, class Function>
+void multiply_warpgroup(float (&c)[N], uint64_t b, bool accumulate, const Function& a) {
+  for (size_t i = 0; i < N; ++i) {
+    const int row = emulation::lane() / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + emulation::lane() % 4 * 2 + i % 2;
+    double sum = accumulate ? c[i] : 0.0f;
+    for (int k = 0; k < 16; ++k) sum += static_cast<double>(a(row, k)) * operand<Element, kMajorB>(b, column, k);
+    c[i] = static_cast<float>(sum);
+  }
 }
 
 template <class Element, Major kMajorA, Major kMajorB>
 void wgmma_ss(float (&c)[32], uint64_t a, uint64_t b, bool accumulate = true) {
-  for (int i = 0; i < 32; ++i) {
-    const int row = emulation::warp() % 4 * 16 + emulation::lane() / 4 + i / 2 % 2 * 8;
-    const int column = i / 4 * 8 + emulation::lane() % 4 * 2 + i % 2;
-    double sum = accumulate ? c[i] : 0.0f;
-    for (int k = 0; k < 16; ++k)
-      sum += static_cast<double>(operand<Element, kMajorA>(a, row, k)) * operand<Element, kMajorB>(b, column, k);
-    c[i] = static_cast<float>(sum);
-  }
+  multiply_warpgroup<Element, kMajorB>(c, b, accumulate, [&](int row, int k) {
+    return operand<Element, kMajorA>(a, emulation::warp() % 4 * 16 + row, k);
+  });
+}
+
+template <int N, Major kMajorB, ScaleIn kSign = ScaleIn::One>
+void wgmma_rs(float (&c)[N / 2], const uint32_t* a, uint64_t b, bool accumulate = true) {
+  struct Own {
+    uint32_t a[4];
+  };
+  const Own own{{a[0], a[1], a[2], a[3]}};
+  emulation::hand_around(own, [&](const auto& of) {
+    multiply_warpgroup<__half, kMajorB>(c, b, accumulate, [&](int row, int k) {
+      const float2 pair = unpack<__half>(of(row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2]);
+      return (kSign == ScaleIn::Neg ? -1.0f : 1.0f) * (k % 2 == 0 ? pair.x : pair.y);
+    });
+    return 0;
+  });
 }
 
 template <class T, size_t N>

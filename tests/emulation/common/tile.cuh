@@ -16,26 +16,46 @@ struct TileSource {
 };
 static_assert(sizeof(TileSource) <= sizeof(CUtensorMap));
 
-// Counts its phases.
+// A word of shared memory: phases that have ended, arrivals of a phase, and what is left of this one, bytes by the 16.
+struct BarrierWord {
+  uint16_t phases;
+  int16_t arrivals, left, transfers;
+};
+
+// The same place in the shared memory of another CTA of the cluster.
+template <class T>
+T* of_cta(T* at, unsigned rank) {
+  return reinterpret_cast<T*>(
+      emulation::cluster->memory[rank] +
+      (reinterpret_cast<const char*>(at) - emulation::cluster->memory[emulation::rank_in_cluster]));
+}
+
 struct Barrier {
-  static void wait(const uint64_t* barrier, uint32_t phase) {
-    while ((*barrier & 1) == phase) emulation::pause();
+  static BarrierWord& word(uint64_t* barrier) { return *reinterpret_cast<BarrierWord*>(barrier); }
+  static void init(uint64_t* barrier, int arrivals) {
+    word(barrier) = {0, static_cast<int16_t>(arrivals), static_cast<int16_t>(arrivals), 0};
+  }
+  static void change(uint64_t* barrier, int arrivals, int bytes) {
+    BarrierWord& x = word(barrier);
+    x.left -= arrivals, x.transfers += bytes / 16;
+    if (x.left < 0) emulation::fail("more arrivals than a barrier expects");
+    if (x.left == 0 && x.transfers == 0) ++x.phases, x.left = x.arrivals;
+  }
+  static void wait(uint64_t* barrier, uint32_t phase) {
+    while ((word(barrier).phases & 1) == phase) emulation::pause();
+  }
+  static void arrive(uint64_t* barrier) { change(barrier, 1, 0); }
+  static void arrive(uint64_t* barrier, unsigned rank, bool does) {
+    if (does) change(of_cta(barrier, rank), 1, 0);
   }
 };
 
-struct TransactionBarrier {
-  static inline uint64_t* expecting = nullptr;
-  static inline int bytes = 0;
-
-  static void init(uint64_t* barrier, int) { *barrier = 0; }
-  static void arrive_and_expect_tx(uint64_t* barrier, int expected) {
-    if (expecting != nullptr) emulation::fail("a barrier expects bytes while another one does");
-    expecting = barrier, bytes = expected;
+struct TransactionBarrier : Barrier {
+  static void arrive_and_expect_tx(uint64_t* barrier, int bytes) {
+    word(barrier).transfers += bytes / 16;
+    change(barrier, 1, 0);
   }
-  static void complete(uint64_t* barrier, int arrived) {
-    if (barrier != expecting || (bytes -= arrived) < 0) emulation::fail("bytes that no barrier expects");
-    if (bytes == 0) ++*barrier, expecting = nullptr;
-  }
+  static void complete(uint64_t* barrier, int bytes) { change(barrier, 0, -bytes); }
 };
 
 inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(static_cast<const char*>(p) - smem); }
@@ -106,6 +126,16 @@ inline void load_tile(const CUtensorMap* map, uint64_t* barrier, char* destinati
   TransactionBarrier::complete(barrier, kHalfBytes);
 }
 
+inline void bulk_load(const char* from, uint64_t* barrier, char* to, int bytes, int ctas) {
+  for (int i = 0; i < ctas; ++i) {
+    const unsigned rank = ctas == 1 ? emulation::rank_in_cluster : i;
+    std::memcpy(of_cta(to, rank), from, bytes);
+    TransactionBarrier::complete(of_cta(barrier, rank), bytes);
+  }
+}
+
+inline int load_from(const int* p, int rank) { return *of_cta(p, rank); }
+
 inline void prefetch_map(const CUtensorMap*) {}
 inline void prefetch_l2(const void*) {}
 inline void fence_async_proxy() {}
@@ -115,14 +145,29 @@ inline void bulk_stores_have_read() {}
 inline void bulk_stores_are_done() {}
 inline void named_barrier(int id, int threads) { emulation::meet(emulation::cta.named[id], threads); }
 inline void set_flag(int* flag) { *flag = 1; }
+inline int load_flag(const int* flag) {
+  emulation::pause();
+  return *flag;
+}
+inline void fence_global_proxy() {}
 
 }  // namespace kda
 
 namespace cute {
 template <int kLeft>
 void tma_store_wait() {}
+inline unsigned block_rank_in_cluster() { return emulation::rank_in_cluster; }
+inline void cluster_sync() { emulation::meet_cluster(); }
 }  // namespace cute
 
-namespace cutlass::arch {
+namespace cutlass {
+inline int canonical_warp_group_idx() { return emulation::cta.current / 128; }
+inline int canonical_warp_idx_sync() { return emulation::warp(); }
+namespace arch {
 inline void fence_barrier_init() {}
-}  // namespace cutlass::arch
+template <int kRegisters>
+void warpgroup_reg_alloc() {}
+template <int kRegisters>
+void warpgroup_reg_dealloc() {}
+}  // namespace arch
+}  // namespace cutlass

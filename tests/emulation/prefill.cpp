@@ -1,37 +1,63 @@
-// The kernel `prepare` on a CPU, for tests/test_emulation.py.
+// The prefill kernels on a CPU, for tests/test_emulation.py.
 #include "kernels/prefill/prepare.cuh"
+#include "kernels/prefill/recurrence.cuh"
 
 namespace kda {
 
-alignas(1024) char smem[160 << 10];
+alignas(1024) thread_local char smem[232 << 10];
 
 namespace {
 
+char* memory_of_cta() {
+  std::memset(smem, 0xff, sizeof(smem));  // NaN
+  return smem;
+}
+
 template <class Element, int K, Gate kGate, bool kFloatGate>
-void run(const PrefillParams& p, const PrepareMaps& maps, std::mt19937& order) {
+void run(const PrefillParams& p, const PrepareMaps& maps, uint32_t seed) {
   const auto ctas = static_cast<unsigned>(places(p));
-  for (unsigned i = 0; i < ctas; ++i) {
-    std::memset(smem, 0xff, sizeof(smem));  // NaN
-    emulation::run(i, ctas, order, [&] { prepare<Element, K, kGate, kFloatGate, false>(p, maps); });
+  for (unsigned i = 0; i < ctas; ++i)
+    emulation::run(i, 1, ctas, kPrepareThreads, 1, seed, memory_of_cta,
+                   [&] { prepare<Element, K, kGate, kFloatGate, false>(p, maps); });
+}
+
+template <class Element, int K, int kHalves, bool kCompose, bool kStates>
+void run_recurrence(const PrefillParams& p, uint32_t seed) {
+  const unsigned ctas = p.sequences * p.HV * (p.V / 64 / kHalves) * p.segments;
+  emulation::run(0, ctas, ctas, kRecurrenceThreads<kHalves, kCompose>, p.sharers, seed, memory_of_cta,
+                 [&] { recurrence<Element, K, kHalves, kCompose, kStates>(p); });
+}
+
+template <class Element, int K>
+void run_recurrence(const PrefillParams& p, uint32_t seed) {
+  if (p.halves == 2) {
+    p.states == nullptr ? run_recurrence<Element, K, 2, false, false>(p, seed)
+                        : run_recurrence<Element, K, 2, false, true>(p, seed);
+  } else if (p.composed_chunks > 0) {
+    p.states == nullptr ? run_recurrence<Element, K, 1, true, false>(p, seed)
+                        : run_recurrence<Element, K, 1, true, true>(p, seed);
+  } else {
+    p.states == nullptr ? run_recurrence<Element, K, 1, false, false>(p, seed)
+                        : run_recurrence<Element, K, 1, false, true>(p, seed);
   }
 }
 
 template <class Element, int K, Gate kGate>
-void run(const PrefillParams& p, const PrepareMaps& maps, std::mt19937& order) {
-  p.g_dtype == DType::kFP32 ? run<Element, K, kGate, true>(p, maps, order)
-                            : run<Element, K, kGate, false>(p, maps, order);
+void run(const PrefillParams& p, const PrepareMaps& maps, uint32_t seed) {
+  p.g_dtype == DType::kFP32 ? run<Element, K, kGate, true>(p, maps, seed)
+                            : run<Element, K, kGate, false>(p, maps, seed);
 }
 
 template <class Element, int K>
-void run(const PrefillParams& p, const PrepareMaps& maps, std::mt19937& order) {
-  if (p.gate == Gate::kSafe) run<Element, K, Gate::kSafe>(p, maps, order);
-  if (p.gate == Gate::kSoftplus) run<Element, K, Gate::kSoftplus>(p, maps, order);
-  if (p.gate == Gate::kNone) run<Element, K, Gate::kNone>(p, maps, order);
+void run(const PrefillParams& p, const PrepareMaps& maps, uint32_t seed) {
+  if (p.gate == Gate::kSafe) run<Element, K, Gate::kSafe>(p, maps, seed);
+  if (p.gate == Gate::kSoftplus) run<Element, K, Gate::kSoftplus>(p, maps, seed);
+  if (p.gate == Gate::kNone) run<Element, K, Gate::kNone>(p, maps, seed);
 }
 
 template <class Element>
-void run(const PrefillParams& p, const PrepareMaps& maps, std::mt19937& order) {
-  p.K == 64 ? run<Element, 64>(p, maps, order) : run<Element, 128>(p, maps, order);
+void run(const PrefillParams& p, const PrepareMaps& maps, uint32_t seed) {
+  p.K == 64 ? run<Element, 64>(p, maps, seed) : run<Element, 128>(p, maps, seed);
 }
 
 int bytes_of(DType dtype) { return dtype == DType::kFP32 ? 4 : 2; }
@@ -85,18 +111,24 @@ struct Call {
   void* out;
   const float *A_log, *dt_bias;
   const int64_t* cu_seqlens;
+  const float* initial_state;
+  float *final_state, *states;
   void* workspace;
   float* retention;
-  int B, T, H, HV, K, V, N, dtype, g_dtype, gate, segments;
+  char* compositions;
+  int* flags;
+  int B, T, H, HV, K, V, N, dtype, g_dtype, gate, halves, segments, sharers, composed_chunks;
   float scale, lower_bound;
-  int use_qk_norm, use_beta_sigmoid, allow_neg_eigval, seed;
+  int use_qk_norm, use_beta_sigmoid, allow_neg_eigval, state_v_first, seed;
 };
 
 static kda::PrefillParams params_of(const Call& call) {
   kda::PrefillParams p{};
   p.q = call.q, p.k = call.k, p.v = call.v, p.g = call.g, p.beta = call.beta, p.out = call.out;
   p.A_log = call.A_log, p.dt_bias = call.dt_bias, p.cu_seqlens = call.cu_seqlens, p.cu_seqlens_is_int64 = true;
-  p.workspace = call.workspace, p.retention = call.retention;
+  p.workspace = call.workspace, p.retention = call.retention, p.compositions = call.compositions, p.flags = call.flags;
+  p.initial_state = call.initial_state, p.final_state = call.final_state, p.states = call.states;
+  p.state_dtype = kda::DType::kFP32, p.state_v_first = call.state_v_first, p.state_heads = call.HV;
   p.B = call.B, p.T = call.T, p.H = call.H, p.HV = call.HV, p.K = call.K, p.V = call.V, p.N = call.N;
   p.dtype = static_cast<kda::DType>(call.dtype), p.beta_dtype = p.dtype;
   p.g_dtype = static_cast<kda::DType>(call.g_dtype), p.gate = static_cast<kda::Gate>(call.gate);
@@ -108,6 +140,7 @@ static kda::PrefillParams params_of(const Call& call) {
   set(p.q_strides, p.H, p.K), set(p.k_strides, p.H, p.K), set(p.g_strides, p.HV, p.K);
   set(p.v_strides, p.HV, p.V), set(p.out_strides, p.HV, p.V), set(p.beta_strides, p.HV, 1);
   p.sequences = p.N, p.slots = static_cast<int>(kda::slots_for(p, p.N)), p.segments = call.segments;
+  p.halves = call.halves, p.sharers = call.sharers, p.composed_chunks = call.composed_chunks;
   p.runs = p.sequences * p.segments, p.run_slots = (p.slots + p.runs - 1) / p.runs;
   return p;
 }
@@ -129,8 +162,25 @@ void emulate_prepare(const Call* call) {
   };
   make(maps.q, p.q, p.dtype, p.q_strides), make(maps.k, p.k, p.dtype, p.k_strides);
   make(maps.v, p.v, p.dtype, p.v_strides), make(maps.g, p.g, p.g_dtype, p.g_strides);
-  std::mt19937 order(call->seed);
-  p.dtype == kda::DType::kFP16 ? kda::run<__half>(p, maps, order) : kda::run<__nv_bfloat16>(p, maps, order);
+  const auto seed = static_cast<uint32_t>(call->seed);
+  p.dtype == kda::DType::kFP16 ? kda::run<__half>(p, maps, seed) : kda::run<__nv_bfloat16>(p, maps, seed);
+}
+
+void emulate_recurrence(const Call* call) {
+  const kda::PrefillParams p = params_of(*call);
+  const auto seed = static_cast<uint32_t>(call->seed);
+  if (p.dtype == kda::DType::kFP16) {
+    p.K == 64 ? kda::run_recurrence<__half, 64>(p, seed) : kda::run_recurrence<__half, 128>(p, seed);
+  } else {
+    p.K == 64 ? kda::run_recurrence<__nv_bfloat16, 64>(p, seed) : kda::run_recurrence<__nv_bfloat16, 128>(p, seed);
+  }
+}
+
+int64_t emulate_composition_bytes(const Call* call) {
+  const kda::PrefillParams p = params_of(*call);
+  if (p.composed_chunks == 0) return 0;
+  return kda::compositions_for(p.slots, p.composed_chunks) * p.HV *
+         (p.K == 64 ? kda::Composition<64>::bytes(p.V) : kda::Composition<128>::bytes(p.V));
 }
 
 // Where the records of sequence n begin.
