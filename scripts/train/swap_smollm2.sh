@@ -65,23 +65,22 @@ if [ ! -e "$out/layers.json" ]; then
     --out "$out/stage1" --overwrite --json "$out/layers.json" > "$out/layers.txt" 2>&1
 fi
 layers=$(python3 -c "import json, sys; print(*json.load(open(sys.argv[1]))['chosen'], sep=',')" "$out/layers.json")
-# For the evaluation alone, beside stage 2.
-{ [ -e "$out/swapped" ] || on 0 swap_layers.py --base "$original" --layers "$layers" --out "$out/swapped"; } \
-  > "$out/swap.txt" 2>&1 &
-swap=$!
+swap=()
+if [ ! -e "$out/swapped" ]; then  # for the evaluation alone, beside stage 2
+  on 0 swap_layers.py --base "$original" --layers "$layers" --out "$out/swapped" > "$out/swap.txt" 2>&1 &
+  swap=($!)
+fi
 if [ ! -e "$out/stage2" ]; then
   say "stage 2"
   heal "$(joined "${gpus[@]}")" "$text/train.txt" "$shared"/sampled/*.jsonl -- --student "$out/stage1" --stages 2 \
     --stage2-steps "${STAGE2_STEPS:-1200}" --stage2-lr "${STAGE2_LR:-4e-4}" --out "$out" > "$out/heal.log" 2>&1
 fi
 
-wait "$swap"
+for job in "${swap[@]}"; do wait "$job"; done
 say "evaluating"
 models=("$original" "$out/swapped" "$out/stage1" "$out/stage2")
 # What is timed has a GPU to itself, where there are several.
-rest=("${gpus[@]:1}")
-[ "${#rest[@]}" -gt 0 ] || rest=("${gpus[0]}")
-elsewhere() { CUDA_VISIBLE_DEVICES=${rest[$(($1 % ${#rest[@]}))]} python3 "$here/${@:2}"; }
+elsewhere() { on $((${#gpus[@]} > 1 ? 1 + $1 % (${#gpus[@]} - 1) : 0)) "${@:2}"; }
 jobs=()
 {
   elsewhere 0 eval_ppl.py "${models[@]}" --text "$out/heldout.jsonl" --join --json "$out/ppl.json"
