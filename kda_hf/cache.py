@@ -695,11 +695,6 @@ class KDACache(Cache):
             return super().get_mask_sizes(query_length, layer_idx)
         return self.layers[layer_idx].get_mask_sizes(query_length)
 
-    @property
-    def is_compileable(self) -> bool:
-        """Whether `generate` may compile the forward. Not with `offloading`: keys and values change their address."""
-        return not self.offloading and super().is_compileable
-
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends keys and values `[B, H, T, D]` to attention layer `layer_idx`; returns all of that layer."""
         layer = self.layers[layer_idx]

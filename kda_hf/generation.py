@@ -49,6 +49,12 @@ class KDAGenerationMixin(GenerationMixin):
         with decode_program(self):
             return super().generate(*args, **_rename_cache(kwargs, CACHE_NAME))
 
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
+        """Not with offloading: keys and values change their address."""
+        return not getattr(model_kwargs.get(CACHE_NAME), "offloading", False) and super()._valid_auto_compile_criteria(
+            model_kwargs, generation_config
+        )
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         given = model_kwargs.get(CACHE_NAME)
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

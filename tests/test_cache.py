@@ -842,11 +842,6 @@ def test_saving_waits_for_offloading(tiny_config, tmp_path):
         torch.testing.assert_close(layer.keys, keys, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("offloading", [False, True])
-def test_offloading_is_not_compiled(make_cache, offloading):
-    assert make_cache(max_cache_len=64, offloading=offloading).is_compileable == (not offloading)
-
-
 def test_compiled_static_updates_neither_break_nor_recompile(make_cache):
     cache = make_cache(max_cache_len=64)
     tokens = Tokens(1, 12)

@@ -1,11 +1,12 @@
 """generate() in every mode, with our cache: each way of decoding gives the tokens of the plain way."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import TextIteratorStreamer, set_seed
+from transformers import CompileConfig, TextIteratorStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from kda_hf import KDACache, generation, layer, modeling_kda, ops
@@ -162,6 +163,21 @@ def test_offloaded_cache(tiny_model, implementation, num_hidden_layers, settings
         assert_beams(model, output, ids)
     else:
         assert_greedy(model, output.sequences, ids)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=str)
+def test_static_keys_that_move_are_masked_and_not_compiled(model, settings):
+    """The mask, which is another matter than the copies of `test_offloaded_cache`, and needs no GPU."""
+    cache = KDACache(model.config, max_cache_len=64, offloading=True)
+    config = copy.deepcopy(model.generation_config)
+    config.compile_config = CompileConfig()
+    config.compile_config._compile_all_devices = True
+    ids = prompt(model)
+    assert not model._valid_auto_compile_criteria({generation.CACHE_NAME: cache}, config)
+    output = model.generate(
+        ids, past_key_values=cache, return_dict_in_generate=True, output_scores="num_beams" in settings, **settings
+    )
+    assert_beams(model, output, ids) if settings else assert_greedy(model, output.sequences, ids)
 
 
 @pytest.mark.supports("chunked prefill", model="kda_hf")
