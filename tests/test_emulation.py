@@ -29,9 +29,9 @@ class Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "g", "beta", "out", "A_log", "dt_bias", "cu_seqlens")),
         *((name, ctypes.c_void_p) for name in ("initial_state", "final_state", "states", "workspace", "retention")),
-        *((name, ctypes.c_void_p) for name in ("compositions", "flags")),
+        *((name, ctypes.c_void_p) for name in ("compositions", "flags", "ready", "progress")),
         *((name, ctypes.c_int) for name in ("B", "T", "H", "HV", "K", "V", "N", "dtype", "g_dtype", "gate")),
-        *((name, ctypes.c_int) for name in ("halves", "segments", "sharers", "composed_chunks")),
+        *((name, ctypes.c_int) for name in ("halves", "segments", "sharers", "composed_chunks", "group_heads")),
         *((name, ctypes.c_float) for name in ("scale", "lower_bound")),
         *((name, ctypes.c_int) for name in ("use_qk_norm", "use_beta_sigmoid", "allow_neg_eigval", "state_v_first")),
         ("seed", ctypes.c_int),
@@ -87,7 +87,7 @@ def nan(*shape, dtype=torch.float32):
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
-def prepared(library, x, **settings):
+def prepared(library, x, beside=False, **settings):
     """A call whose records are made, and the tensors that belong to it."""
     B, T, H, K = x["q"].shape
     HV, V, packed = x["v"].shape[2], x["v"].shape[3], "cu_seqlens" in x
@@ -95,7 +95,13 @@ def prepared(library, x, **settings):
     call = Call(B=B, T=T, H=H, HV=HV, K=K, V=V, N=N, dtype=DTYPES[x["q"].dtype], g_dtype=DTYPES[x["g"].dtype])
     call.gate = GATES[x["gate"]]
     names = ("scale", "lower_bound", "use_qk_norm", "use_beta_sigmoid", "allow_neg_eigval")
-    for name, value in {**{name: x[name] for name in names}, "segments": 1, "sharers": 1, **settings}.items():
+    for name, value in {
+        **{name: x[name] for name in names},
+        "segments": 1,
+        "sharers": 1,
+        "group_heads": HV,
+        **settings,
+    }.items():
         setattr(call, name, value)
     tensors = {name: y for name, y in x.items() if isinstance(y, torch.Tensor)}
     call.cu_seqlens = tensors["cu_seqlens"].data_ptr() if packed else None
@@ -109,6 +115,8 @@ def prepared(library, x, **settings):
     tensors |= {"workspace": room(slots * HV * library.emulate_record_bytes(at))}
     tensors |= {"compositions": room(library.emulate_composition_bytes(at))}
     tensors |= {"flags": torch.full((HV * N * call.segments * 2,), -1, dtype=torch.int32)}
+    if beside:  # where CTAs of `prepare` take one chunk after the other
+        tensors |= {"ready": torch.zeros(slots * HV, dtype=torch.int32), "progress": torch.zeros(3, dtype=torch.int32)}
     for name, tensor in tensors.items():
         aligned = name in ("workspace", "compositions")
         setattr(call, name, tensor.data_ptr() + (-tensor.data_ptr() % 256 if aligned else 0))
@@ -117,12 +125,13 @@ def prepared(library, x, **settings):
     if call.composed_chunks == 0:
         call.flags = None
     library.emulate_prepare(at)
+    assert not beside or (tensors["progress"] == torch.tensor([slots * HV + 3, 0, 3])).all()
     return call, tensors
 
 
-def emulated(library, x, seed=0):
-    """Records of each sequence, a list of chunks each, and how much they keep of a state."""
-    call, tensors = prepared(library, x, segments=2, seed=seed)
+def emulated(library, x, beside=False, **settings):
+    """Records of each sequence, a list of chunks each, and, unless side by side, how much they keep of a state."""
+    call, tensors = prepared(library, x, beside, segments=1 if beside else 2, **settings)
     N, T, HV, K, V = call.N, call.T, call.HV, call.K, call.V
     out, retention, packed = tensors["out"], tensors["retention"], "cu_seqlens" in x
 
@@ -200,21 +209,23 @@ CASES = {
 
 
 @pytest.mark.parametrize("lengths", [None, [70, 0, 65, 1, 5]], ids=["dense", "packed"])
+@pytest.mark.parametrize("beside", [False, True], ids=["", "beside"])
 @pytest.mark.parametrize("case", CASES)
-def test_records(emulation, relative_error, case, lengths):
+def test_records(emulation, relative_error, case, beside, lengths):
     dtype, K, V, gate, size, g_dtype = CASES[case]
     x = inputs(dtype, K, V, gate, lengths, g_dtype, size)
-    records, out = emulated(emulation, x)
-    errors = {name: ([], []) for name in BOUNDS}
+    records, out = emulated(emulation, x, beside, **({"group_heads": 1} if beside else {}))
+    bounds = {name: bound for name, bound in BOUNDS.items() if name != "retention" or not beside}
+    errors = {name: ([], []) for name in bounds}
     for n, sequence in enumerate(records):
         for chunk, heads in enumerate(sequence):
             for head, record in enumerate(heads):
                 expected, valid = exact(x, n, chunk, head)
                 record["scale"] *= valid
-                for name in BOUNDS:
+                for name in bounds:
                     errors[name][0].append(record[name].flatten())
                     errors[name][1].append(expected[name].flatten())
-    for name, bound in BOUNDS.items():
+    for name, bound in bounds.items():
         assert relative_error(*map(torch.cat, errors[name])) < bound, name
     if lengths is not None:
         assert (out[0, sum(lengths) :] == 0).all()  # tokens of no sequence
@@ -239,13 +250,15 @@ def flat(records):
     return [record for sequence in records for heads in sequence for record in heads]
 
 
-def test_the_order_of_threads_does_not_matter(emulation):
+@pytest.mark.parametrize("beside", [False, True], ids=["", "beside"])
+def test_the_order_of_threads_does_not_matter(emulation, beside):
     x = inputs(torch.bfloat16, 128, 128, "safe", [70, 0, 65], None, 0.0)
+    names = [name for name in BOUNDS if name != "scale" and not (beside and name == "retention")]
     expected, _ = emulated(emulation, x, seed=1)
     for seed in range(2, 6):
-        actual, _ = emulated(emulation, x, seed=seed)
+        actual, _ = emulated(emulation, x, beside=beside, seed=seed)
         for record, other in zip(flat(actual), flat(expected), strict=True):
-            assert all(torch.equal(record[name], other[name]) for name in BOUNDS if name != "scale")
+            assert all(torch.equal(record[name], other[name]) for name in names)
 
 
 # dtype, K, V, gate and its size, lengths or tokens of two sequences, and how the chains are carried.
@@ -261,6 +274,11 @@ CHAINS = {
     ),
     "composed, V = 64": (
         torch.float16, 128, 64, "given", 0.01, [900], {"halves": 1, "segments": 3, "composed_chunks": 4}
+    ),
+    "side by side": (torch.bfloat16, 128, 128, "safe", -3.0, [70, 0, 129], {"halves": 2, "beside": True}),
+    "side by side, a head at a time": (
+        torch.bfloat16, 128, 128, "safe", -3.0, 200,
+        {"halves": 1, "sharers": 2, "beside": True, "group_heads": 1},
     ),
 }  # fmt: skip
 

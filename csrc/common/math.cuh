@@ -99,6 +99,13 @@ __device__ __forceinline__ uint32_t multiply_half2(uint32_t a, uint32_t b) {
   return *reinterpret_cast<uint32_t*>(&y);
 }
 
+// The larger ones of two pairs of halves; a NaN where either is one.
+__device__ __forceinline__ uint32_t max_half2_or_nan(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
 template <class T>
 __device__ __forceinline__ float rounded(float x) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) return __bfloat162float(__float2bfloat16(x));

@@ -43,6 +43,13 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], 
                                            c[3]);
 }
 
+// From the lane that has the same columns of an accumulator, and its last rows.
+__device__ __forceinline__ float from_last_row(float x) {
+  float y;
+  asm volatile("shfl.sync.idx.b32 %0, %1, 28, 0x031f, 0xffffffff;" : "=f"(y) : "f"(x));  // lanes are 28 | lane & 3
+  return y;
+}
+
 // -------------------------------------------------------------------------------------------- one warpgroup: WGMMA
 
 // Shared-memory matrices are the tiles of layout.cuh.

@@ -64,20 +64,22 @@ __device__ __forceinline__ void store_matrices_transposed(char* p, uint32_t r0, 
                : "memory");
 }
 
-// 64 rows of 128 bytes, from column `column` of tokens token.. of a head, swizzled. Zeros for rows beyond the tensor.
-__device__ __forceinline__ void load_tile(const CUtensorMap* map, uint64_t* barrier, char* destination, int column,
-                                          int head, int token, int batch) {
-  cute::SM90_TMA_LOAD_4D::copy(map, barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST), destination,
-                               column, head, token, batch);
+// 64 tokens of a head from `token` on: for each 128 bytes of a row 64 rows of as many, swizzled. Zeros for rows beyond the tensor.
+__device__ __forceinline__ void load_tile(const CUtensorMap* map, uint64_t* barrier, char* destination, int head,
+                                          int token, int batch) {
+  cute::SM90_TMA_LOAD_5D::copy(map, barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST), destination,
+                               0, token, 0, head, batch);
+}
+
+// Has such a tile on its way to L2.
+__device__ __forceinline__ void prefetch_tile(const CUtensorMap* map, int head, int token, int batch) {
+  cute::SM90_TMA_LOAD_5D::PREFETCH::copy(map, 0, token, 0, head, batch);
 }
 
 // Has the copy engine read its map.
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
 }
-
-// Has the 128-byte line on its way to L2.
-__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Orders this thread's writes to shared memory before later reads by the tensor cores or the copy engine.
 __device__ __forceinline__ void fence_async_proxy() { cutlass::arch::fence_view_async_shared(); }
@@ -123,6 +125,17 @@ __device__ __forceinline__ void bulk_store(void* destination, const char* source
 }
 
 __device__ __forceinline__ void bulk_store_commit() { cute::tma_store_arrive(); }
+
+// By address, where the compiler would find it out anew.
+__device__ __forceinline__ float load_shared(uint32_t at) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
+  return x;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t at, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(x), "f"(y) : "memory");
+}
 
 // Barrier among `threads` threads, a multiple of 32; id 0 is __syncthreads.
 __device__ __forceinline__ void named_barrier(int id, int threads) {

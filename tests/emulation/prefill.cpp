@@ -13,12 +13,17 @@ char* memory_of_cta() {
   return smem;
 }
 
+constexpr int kCtasBeside = 3;  // of `prepare`, where `recurrence` runs beside it
+
 template <class Element, int K, Gate kGate, bool kFloatGate>
 void run(const PrefillParams& p, const PrepareMaps& maps, uint32_t seed) {
-  const auto ctas = static_cast<unsigned>(places(p));
+  const auto constants = prepare_constants<kGate>(p);
+  const auto ctas = static_cast<unsigned>(p.ready == nullptr ? places(p) : p.prepare_ctas);
   for (unsigned i = 0; i < ctas; ++i)
-    emulation::run(i, 1, ctas, kPrepareThreads, 1, seed, memory_of_cta,
-                   [&] { prepare<Element, K, kGate, kFloatGate, false>(p, maps); });
+    emulation::run(i, 1, ctas, kPrepareThreads, 1, seed, memory_of_cta, [&] {
+      p.ready == nullptr ? prepare<Element, K, kGate, kFloatGate, false>(p, maps, constants)
+                         : prepare<Element, K, kGate, kFloatGate, true>(p, maps, constants);
+    });
 }
 
 template <class Element, int K, int kHalves, bool kCompose, bool kStates>
@@ -116,8 +121,9 @@ struct Call {
   void* workspace;
   float* retention;
   char* compositions;
-  int* flags;
-  int B, T, H, HV, K, V, N, dtype, g_dtype, gate, halves, segments, sharers, composed_chunks;
+  int *flags, *ready;
+  kda::PrepareProgress* progress;
+  int B, T, H, HV, K, V, N, dtype, g_dtype, gate, halves, segments, sharers, composed_chunks, group_heads;
   float scale, lower_bound;
   int use_qk_norm, use_beta_sigmoid, allow_neg_eigval, state_v_first, seed;
 };
@@ -141,7 +147,9 @@ static kda::PrefillParams params_of(const Call& call) {
   set(p.v_strides, p.HV, p.V), set(p.out_strides, p.HV, p.V), set(p.beta_strides, p.HV, 1);
   p.sequences = p.N, p.slots = static_cast<int>(kda::slots_for(p, p.N)), p.segments = call.segments;
   p.halves = call.halves, p.sharers = call.sharers, p.composed_chunks = call.composed_chunks;
-  p.runs = p.sequences * p.segments, p.run_slots = (p.slots + p.runs - 1) / p.runs;
+  p.ready = call.ready, p.progress = call.progress, p.group_heads = call.group_heads;
+  p.prepare_ctas = kda::kCtasBeside;
+  p.runs = p.ready == nullptr ? p.sequences * p.segments : 1, p.run_slots = (p.slots + p.runs - 1) / p.runs;
   return p;
 }
 
@@ -154,14 +162,14 @@ int emulate_record_bytes(const Call* call) {
 void emulate_prepare(const Call* call) {
   const kda::PrefillParams p = params_of(*call);
   kda::PrepareMaps maps;
-  const auto make = [&](CUtensorMap& map, const void* base, kda::DType dtype, const int64_t (&strides)[3]) {
+  const auto make = [&](CUtensorMap& map, const void* base, kda::DType dtype, int width, const int64_t (&strides)[3]) {
     const int element = kda::bytes_of(dtype);
-    const kda::TileSource source{
-        static_cast<const char*>(base), element, p.T, strides[0] * element, strides[1] * element, strides[2] * element};
+    const kda::TileSource source{static_cast<const char*>(base), width * element / 128, p.T,
+                                 strides[0] * element,           strides[1] * element,  strides[2] * element};
     std::memcpy(&map, &source, sizeof(source));
   };
-  make(maps.q, p.q, p.dtype, p.q_strides), make(maps.k, p.k, p.dtype, p.k_strides);
-  make(maps.v, p.v, p.dtype, p.v_strides), make(maps.g, p.g, p.g_dtype, p.g_strides);
+  make(maps.q, p.q, p.dtype, p.K, p.q_strides), make(maps.k, p.k, p.dtype, p.K, p.k_strides);
+  make(maps.v, p.v, p.dtype, p.V, p.v_strides), make(maps.g, p.g, p.g_dtype, p.K, p.g_strides);
   const auto seed = static_cast<uint32_t>(call->seed);
   p.dtype == kda::DType::kFP16 ? kda::run<__half>(p, maps, seed) : kda::run<__nv_bfloat16>(p, maps, seed);
 }

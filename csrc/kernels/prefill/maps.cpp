@@ -14,11 +14,14 @@ cudaError_t make_maps(const PrefillParams& params, PrepareMaps& maps) {
     const CUtensorMapDataType type = dtype == DType::kFP32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                      : dtype == DType::kFP16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(heads),
-                                 static_cast<cuuint64_t>(params.T), static_cast<cuuint64_t>(params.B)};
-    const cuuint64_t bytes[3] = {strides[2] * element, strides[1] * element, strides[0] * element};
-    const cuuint32_t box[4] = {static_cast<cuuint32_t>(128 / element), 1, 64, 1}, steps[4] = {1, 1, 1, 1};
-    return encode(&map, type, 4, const_cast<void*>(base), sizes, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+    // Columns of 128 bytes come one after the other, each with all of its rows.
+    const cuuint64_t columns = 128 / element, pieces = width / columns;
+    const cuuint64_t sizes[5] = {columns, static_cast<cuuint64_t>(params.T), pieces, static_cast<cuuint64_t>(heads),
+                                 static_cast<cuuint64_t>(params.B)};
+    const cuuint64_t bytes[4] = {strides[1] * element, 128, strides[2] * element, strides[0] * element};
+    const cuuint32_t box[5] = {static_cast<cuuint32_t>(columns), 64, static_cast<cuuint32_t>(pieces), 1, 1};
+    const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+    return encode(&map, type, 5, const_cast<void*>(base), sizes, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
   };

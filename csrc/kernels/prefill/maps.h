@@ -1,4 +1,4 @@
-// Descriptors of q, k, v and g as the copy engine takes them: 64 tokens of 128 bytes of one head at a time.
+// Descriptors of q, k, v and g as the copy engine takes them: 64 tokens of one head at a time.
 #pragma once
 
 #include <cuda.h>

@@ -143,18 +143,6 @@ __device__ __forceinline__ int* flags(const PrefillParams& p, int head, int sequ
 // Chunks of a sequence whose chain is shared, at most: one warp of each CTA looks at all of them.
 constexpr int kMaxPlannedChunks = 16384;
 
-// The sequence that slot `slot` belongs to, if any does.
-__device__ __forceinline__ int sequence_of_slot(const PrefillParams& p, int slot) {
-  if (p.sequences == 1) return p.first_sequence;
-  if (p.cu_seqlens == nullptr) return p.first_sequence + slot / chunks_of(p.T);
-  int lo = p.first_sequence, hi = lo + p.sequences;  // the first slot of lo is ≤ slot, that of hi is not
-  while (hi - lo > 1) {
-    int middle = (lo + hi) / 2;
-    (first_slot(p, middle) <= slot ? lo : hi) = middle;
-  }
-  return lo;
-}
-
 template <int K>
 __device__ __forceinline__ char* record(const PrefillParams& p, int slot, int head) {
   return static_cast<char*>(p.workspace) + (static_cast<int64_t>(slot) * p.HV + head) * Record<K>::kBytes;

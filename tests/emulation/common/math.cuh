@@ -52,6 +52,11 @@ inline uint32_t multiply_half2(uint32_t a, uint32_t b) {
   return pack<__half>(x.x * y.x, x.y * y.y);
 }
 
+inline uint32_t max_half2_or_nan(uint32_t a, uint32_t b) {
+  const float2 x = unpack<__half>(a), y = unpack<__half>(b);
+  return pack<__half>(max_or_nan(x.x, y.x), max_or_nan(x.y, y.y));
+}
+
 template <class T>
 float load_float(const void* base, int64_t index) {
   if constexpr (sizeof(T) == 4) {

@@ -47,6 +47,8 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   multiply<8>(c, a, b0, b1, [](uint32_t x, int) { return __uint_as_float(x & ~0x1fffu); });
 }
 
+inline float from_last_row(float x) { return emulation::from_lane(x, emulation::lane() % 4 + 28); }
+
 enum class ScaleIn { One, Neg };
 
 // A descriptor is the address, which the swizzle changes as a whole, and a bit for rows of 32 bytes.

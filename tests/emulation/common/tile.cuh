@@ -11,7 +11,7 @@ namespace kda {
 // What a CUtensorMap holds here.
 struct TileSource {
   const char* base;
-  int element, tokens;                              // bytes; rows, beyond which there are zeros
+  int pieces, tokens;                               // of 128 bytes, that a row has; rows, beyond which there are zeros
   int64_t batch_stride, token_stride, head_stride;  // bytes
 };
 static_assert(sizeof(TileSource) <= sizeof(CUtensorMap));
@@ -60,6 +60,17 @@ struct TransactionBarrier : Barrier {
 
 inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(static_cast<const char*>(p) - smem); }
 
+inline float load_shared(uint32_t at) {
+  float x;
+  std::memcpy(&x, smem + at, 4);
+  return x;
+}
+
+inline void store_shared(uint32_t at, float x, float y) {
+  std::memcpy(smem + at, &x, 4);
+  std::memcpy(smem + at + 4, &y, 4);
+}
+
 // Lane 8 i + j has the address of row j of matrix i.
 template <int N>
 void load(uint32_t (&r)[N], const char* own, bool transposed) {
@@ -107,24 +118,26 @@ inline void store_matrices_transposed(char* p, uint32_t r0, uint32_t r1, uint32_
   store(p, {r0, r1, r2, r3}, true);
 }
 
-inline void load_tile(const CUtensorMap* map, uint64_t* barrier, char* destination, int column, int head, int token,
-                      int batch) {
+inline void load_tile(const CUtensorMap* map, uint64_t* barrier, char* destination, int head, int token, int batch) {
   TileSource source;
   std::memcpy(&source, map, sizeof(source));
-  for (int row = 0; row < 64; ++row)
-    for (int chunk = 0; chunk < 8; ++chunk) {
-      char* const to = destination + row * kRowBytes + ((chunk ^ row % 8) << 4);
-      if (token + row < source.tokens) {
-        std::memcpy(to,
-                    source.base + batch * source.batch_stride + (token + row) * source.token_stride +
-                        head * source.head_stride + column * source.element + chunk * 16,
-                    16);
-      } else {
-        std::memset(to, 0, 16);
+  for (int piece = 0; piece < source.pieces; ++piece)
+    for (int row = 0; row < 64; ++row)
+      for (int chunk = 0; chunk < 8; ++chunk) {
+        char* const to = destination + piece * kHalfBytes + row * kRowBytes + ((chunk ^ row % 8) << 4);
+        if (token + row < source.tokens) {
+          std::memcpy(to,
+                      source.base + batch * source.batch_stride + (token + row) * source.token_stride +
+                          head * source.head_stride + piece * kRowBytes + chunk * 16,
+                      16);
+        } else {
+          std::memset(to, 0, 16);
+        }
       }
-    }
-  TransactionBarrier::complete(barrier, kHalfBytes);
+  TransactionBarrier::complete(barrier, source.pieces * kHalfBytes);
 }
+
+inline void prefetch_tile(const CUtensorMap*, int, int, int) {}
 
 inline void bulk_load(const char* from, uint64_t* barrier, char* to, int bytes, int ctas) {
   for (int i = 0; i < ctas; ++i) {
@@ -137,7 +150,6 @@ inline void bulk_load(const char* from, uint64_t* barrier, char* to, int bytes, 
 inline int load_from(const int* p, int rank) { return *of_cta(p, rank); }
 
 inline void prefetch_map(const CUtensorMap*) {}
-inline void prefetch_l2(const void*) {}
 inline void fence_async_proxy() {}
 inline void bulk_store(void* to, const char* from, int bytes) { std::memcpy(to, from, bytes); }
 inline void bulk_store_commit() {}
