@@ -10,7 +10,7 @@ namespace kda {
 template <class Element, int K, Gate kGate, bool kFloatGate>
 cudaError_t launch_prepare(PrefillParams& params, const PrepareMaps& maps, cudaStream_t stream) {
   const PrepareConstants constants = prepare_constants<kGate>(params);
-  params.prepare_ctas = prepare_ctas<Element, K, kGate, kFloatGate>() * params.num_sms;
+  params.prepare_ctas = prepare_ctas<Element, K, kFloatGate, true>() * params.num_sms;
   const auto run = [&](auto beside, int64_t ctas) {
     return launch<prepare<Element, K, kGate, kFloatGate, decltype(beside)::value>>(
         dim3(static_cast<unsigned>(ctas)), 1, kPrepareThreads, PrepareSmem<K, kFloatGate>::kBytes,
