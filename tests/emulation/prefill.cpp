@@ -21,8 +21,9 @@ void run(const PrefillParams& p, const PrepareMaps& maps, uint32_t seed) {
   const auto ctas = static_cast<unsigned>(p.ready == nullptr ? places(p) : p.prepare_ctas);
   for (unsigned i = 0; i < ctas; ++i)
     emulation::run(i, 1, ctas, kPrepareThreads, 1, seed, memory_of_cta, [&] {
-      p.ready == nullptr ? prepare<Element, K, kGate, kFloatGate, false>(p, maps, constants)
-                         : prepare<Element, K, kGate, kFloatGate, true>(p, maps, constants);
+      if constexpr (K == 128)
+        if (p.ready != nullptr) return prepare<Element, K, kGate, kFloatGate, true>(p, maps, constants);
+      prepare<Element, K, kGate, kFloatGate, false>(p, maps, constants);
     });
 }
 

@@ -10,13 +10,15 @@ namespace kda {
 template <class Element, int K, Gate kGate, bool kFloatGate>
 cudaError_t launch_prepare(PrefillParams& params, const PrepareMaps& maps, cudaStream_t stream) {
   const PrepareConstants constants = prepare_constants<kGate>(params);
-  params.prepare_ctas = prepare_ctas<Element, K, kFloatGate, true>() * params.num_sms;
+  params.prepare_ctas = prepare_ctas<Element, K, kFloatGate>() * params.num_sms;
   const auto run = [&](auto beside, int64_t ctas) {
     return launch<prepare<Element, K, kGate, kFloatGate, decltype(beside)::value>>(
         dim3(static_cast<unsigned>(ctas)), 1, kPrepareThreads, PrepareSmem<K, kFloatGate>::kBytes,
         !decltype(beside)::value, stream, params, maps, constants);
   };
-  return params.ready == nullptr ? run(std::false_type{}, places(params)) : run(std::true_type{}, params.prepare_ctas);
+  if constexpr (K == 128)  // see `side_by_side`
+    if (params.ready != nullptr) return run(std::true_type{}, params.prepare_ctas);
+  return run(std::false_type{}, places(params));
 }
 
 template <class Element, int K, Gate kGate>

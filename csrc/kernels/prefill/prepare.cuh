@@ -35,10 +35,9 @@ namespace kda {
 
 constexpr int kPrepareThreads = 256;
 // CTAs that an SM holds at a time: as many as its shared memory lets it, and its registers without spilling.
-template <class Element, int K, bool kFloatGate, bool kBeside>
+template <class Element, int K, bool kFloatGate>
 constexpr int prepare_ctas() {
-  if (K == 128) return kFloatGate ? 2 : 3;
-  return std::is_same_v<Element, __nv_bfloat16> && (kFloatGate || kBeside) ? 2 : 3;
+  return kFloatGate && (K == 128 || std::is_same_v<Element, __nv_bfloat16>) ? 2 : 3;
 }
 constexpr int kStagger = 6000;            // cycles between the loads of the first CTAs of an SM
 constexpr int kPair = 1, kWarpgroup = 5;  // named barriers: four and two
@@ -438,7 +437,7 @@ __device__ __forceinline__ int key_head_of(const PrefillParams& p, int head) {
 // kBeside: whether `recurrence` runs beside this kernel. CTAs then stay and take one chunk and head after the other. The code
 // for that is in the way of other calls, whose instructions come from DRAM, and to stay is no faster there.
 template <class Element, int K, Gate kGate, bool kFloatGate, bool kBeside>
-__global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kFloatGate, kBeside>())
+__global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kFloatGate>())
     prepare(const __grid_constant__ PrefillParams p, const __grid_constant__ PrepareMaps maps,
             const __grid_constant__ PrepareConstants by) {
   using Smem = PrepareSmem<K, kFloatGate>;
@@ -461,7 +460,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kFlo
   uint64_t* const inputs_here = reinterpret_cast<uint64_t*>(smem + Smem::kBarriers);
   uint64_t* const value_here = inputs_here + 1;
 
-  constexpr int kCtas = prepare_ctas<Element, K, kFloatGate, kBeside>();
+  constexpr int kCtas = prepare_ctas<Element, K, kFloatGate>();
 
   if (threadIdx.x < 32) {
     if (threadIdx.x == 0) {
