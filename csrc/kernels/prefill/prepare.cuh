@@ -15,9 +15,9 @@
 //   4. W and Uᵀ by WGMMA, half of the columns a warpgroup. U multiplies v itself (bf16 or fp16) with X in two parts of v's
 //      type, so that it keeps fp32's range and 16 bits.
 //
-// The tensor cores cut fp32 numbers off after tf32's 10 bits. In 1. nothing is rounded before: on average that takes
-// 0.72 · 2^-11 off, which constants give back (kTruncation); what is left is as large as an error of rounding. In 3. it is
-// rounded, since where keys are alike the same number comes again and again.
+// The tensor cores cut fp32 numbers off after tf32's 10 bits. In the diagonal blocks of 1. nothing is rounded before: on
+// average that takes 0.72 · 2^-11 off, which constants give back (kTruncation); what is left is as large as an error of
+// rounding. In 3. it is rounded, since where keys are alike the same number comes again and again.
 //
 // Shared memory (K = 128): four regions of 16 KB
 //   query    q → q^ decayed from the block's start → Q → v
