@@ -749,9 +749,8 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kFlo
         *reinterpret_cast<uint32_t*>(to + channel) = pack<__half>(x.x, x.y);
       };
       const auto product = [](float2 a, float2 b) { return float2{a.x * b.x, a.y * b.y}; };
-      __half *const from_start = reinterpret_cast<__half*>(smem + Smem::kFromStart), *const to_end =
-                                                                                         reinterpret_cast<__half*>(
-                                                                                             smem + Smem::kToEnd);
+      __half* const from_start = reinterpret_cast<__half*>(smem + Smem::kFromStart);
+      __half* const to_end = reinterpret_cast<__half*>(smem + Smem::kToEnd);
       const float2 d0 = of_block(0), d1 = of_block(1), d2 = of_block(2), d3 = of_block(3);
       const float2 d01 = product(d0, d1), d012 = product(d01, d2), d23 = product(d2, d3);
       store(block_decay_half + K, d1);
