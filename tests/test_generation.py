@@ -168,11 +168,12 @@ def test_offloaded_cache(tiny_model, implementation, num_hidden_layers, settings
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=str)
 def test_static_keys_that_move_are_masked_and_not_compiled(model, settings):
     """The mask, which is another matter than the copies of `test_offloaded_cache`, and needs no GPU."""
-    cache = KDACache(model.config, max_cache_len=64, offloading=True)
+    at_rest, cache = (KDACache(model.config, max_cache_len=64, offloading=offloading) for offloading in (False, True))
     config = copy.deepcopy(model.generation_config)
     config.compile_config = CompileConfig()
     config.compile_config._compile_all_devices = True
     ids = prompt(model)
+    assert model._valid_auto_compile_criteria({generation.CACHE_NAME: at_rest}, config)
     assert not model._valid_auto_compile_criteria({generation.CACHE_NAME: cache}, config)
     output = model.generate(
         ids, past_key_values=cache, return_dict_in_generate=True, output_scores="num_beams" in settings, **settings

@@ -430,10 +430,6 @@ __device__ __forceinline__ Place next_place(const PrefillParams& p, const Prepar
   return place;
 }
 
-__device__ __forceinline__ int key_head_of(const PrefillParams& p, int head) {
-  return p.HV == p.H ? head : head / (p.HV / p.H);
-}
-
 // kBeside: whether `recurrence` runs beside this kernel. CTAs then stay and take one chunk and head after the other. The code
 // for that is in the way of other calls, whose instructions come from DRAM, and to stay is no faster there.
 template <class Element, int K, Gate kGate, bool kFloatGate, bool kBeside>
@@ -495,7 +491,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kFlo
   const auto load_inputs = [&]() {
     if (place->valid == 0) return;
     const int head = place->head, token = place->token, batch = place->batch;
-    const int key_head = key_head_of(p, head);
+    const int key_head = p.HV == p.H ? head : head / (p.HV / p.H);
     TransactionBarrier::arrive_and_expect_tx(inputs_here, (kFloatGate ? 4 : 3) * Smem::kTile);
     load_tile(&maps.g, inputs_here, kFloatGate ? float_gate : gate_tile, head, token, batch);
     load_tile(&maps.k, inputs_here, key, key_head, token, batch);
