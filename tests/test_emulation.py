@@ -195,7 +195,21 @@ def exact(x, n, chunk, head):
     }, valid
 
 
-BOUNDS = {"W": 7e-4, "U": 4e-4, "Kr": 5e-4, "Q": 5e-4, "P": 6e-4, "decay": 1e-3, "scale": 1e-6, "retention": 1e-3}
+# A log-decay is rounded to fp16, by 2^-11 of itself at most, which is 4.9e-4.
+BOUNDS = {"W": 7e-4, "U": 4e-4, "Kr": 5e-4, "Q": 5e-4, "P": 6e-4, "decay": 5e-4, "scale": 1e-6, "retention": 1e-3}
+
+
+def error_of(name, actual, expected, relative_error):
+    """
+    For decays the largest error of a logarithm, in parts of it: what is left of a state after a steep chunk may be
+    a few small numbers, whose own relative error is that of the logarithm times the logarithm.
+    """
+    if name != "decay":
+        return relative_error(actual, expected)
+    left = expected > 2.0**-100
+    logs = expected[left].log()
+    return ((actual[left].double().log() - logs).abs() / (logs.abs() + 0.004)).max()  # and 2e-6 for fp32
+
 
 CASES = {
     "safe": (torch.bfloat16, 128, 128, "safe", 0.0, None),
@@ -228,7 +242,7 @@ def test_records(emulation, relative_error, case, beside, lengths):
                     errors[name][0].append(record[name].flatten())
                     errors[name][1].append(expected[name].flatten())
     for name, bound in bounds.items():
-        assert relative_error(*map(torch.cat, errors[name])) < bound, name
+        assert error_of(name, *map(torch.cat, errors[name]), relative_error) < bound, name
     if lengths is not None:
         assert (out[0, sum(lengths) :] == 0).all()  # tokens of no sequence
         assert out[0, : sum(lengths)].isnan().all()
@@ -245,7 +259,7 @@ def test_lengths_that_are_not_normed(emulation, relative_error, gate):
                 expected, valid = exact(x, n, chunk, head)
                 record["scale"] *= valid
                 for name, bound in BOUNDS.items():
-                    assert relative_error(record[name], expected[name]) < 3 * bound, name
+                    assert error_of(name, record[name], expected[name], relative_error) < 3 * bound, name
 
 
 def flat(records):

@@ -150,7 +150,7 @@ struct GateFunction {
 };
 
 // Sums of log-decays over the tokens of a block: a product with a triangle of numbers 1 / kDecayScale, in fp16. Rounding a
-// log-decay there changes the decay by 2^-12 of its logarithm, the same in all that follows.
+// log-decay there changes the decay by 2^-11 of its logarithm at most, the same in all that follows.
 template <Gate kGate>
 class DecaySum {
  public:
