@@ -26,6 +26,8 @@
 //   value    sums that warps exchange → A and its inverse, fp32 → X of U, low part
 #pragma once
 
+#include <cutlass/fast_math.h>
+
 #include <algorithm>
 
 #include "maps.h"
@@ -343,30 +345,11 @@ __device__ __forceinline__ void multiply_by_block_transposed(float (&c)[2][4], c
 // Places for chunks and heads, some of them of no chunk.
 inline int64_t places(const PrefillParams& p) { return static_cast<int64_t>(p.run_slots) * p.runs * p.HV; }
 
-// Divides numbers below 2^31 by one that the host knows: a product, where a division takes a hundred cycles.
-class Divisor {
- public:
-  Divisor(int divisor) : divisor(divisor) {
-    while (int64_t{1} << (shift + 1) < divisor) ++shift;
-    multiplier = static_cast<uint32_t>(((uint64_t{1} << (32 + shift)) + divisor - 1) / divisor);
-  }
-  __device__ __forceinline__ int quotient(int x) const {
-    if (divisor == 1) return x;
-    return static_cast<int>(static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(x)) * multiplier >> 32) >>
-                            shift);
-  }
-  __device__ __forceinline__ int remainder(int x) const { return x - quotient(x) * divisor; }
-
- private:
-  int divisor, shift = 0;
-  uint32_t multiplier;
-};
-
 // What the host works out for all CTAs.
 struct PrepareConstants {
-  Divisor heads, runs;
-  Divisor chunks;  // of a sequence, where all are as long
-  float of_bound;  // see GateFunction
+  cutlass::FastDivmod heads, runs;
+  cutlass::FastDivmod chunks;  // of a sequence, where all are as long
+  float of_bound;              // see GateFunction
 };
 
 template <Gate kGate>
@@ -378,7 +361,7 @@ PrepareConstants prepare_constants(const PrefillParams& p) {
 // The sequence that slot `slot` belongs to, if any does. For a whole warp, which looks at 32 of them at a time.
 __device__ __forceinline__ int sequence_of_slot(const PrefillParams& p, const PrepareConstants& by, int slot) {
   if (p.sequences == 1) return p.first_sequence;
-  if (p.cu_seqlens == nullptr) return p.first_sequence + by.chunks.quotient(slot);
+  if (p.cu_seqlens == nullptr) return p.first_sequence + by.chunks.div(slot);
   int lo = p.first_sequence, hi = lo + p.sequences;  // the first slot of lo is ≤ slot, that of hi is not
   while (hi - lo > 1) {
     const int step = (hi - lo + 31) / 32, n = lo + static_cast<int>(threadIdx.x & 31) * step;
@@ -394,9 +377,12 @@ __device__ __forceinline__ int sequence_of_slot(const PrefillParams& p, const Pr
 // sequence by sequence, and p.group_heads heads at a time.
 template <int K, bool kBeside>
 __device__ __forceinline__ Place place_of(const PrefillParams& p, const PrepareConstants& by, int work) {
-  int slot = by.heads.quotient(work), head = by.heads.remainder(work);
+  int slot, head;
+  by.heads(slot, head, work);
   if (!kBeside) {
-    slot = (by.runs.remainder(slot) + 1) * p.run_slots - 1 - by.runs.quotient(slot);
+    int run, before;
+    by.runs(before, run, slot);
+    slot = (run + 1) * p.run_slots - 1 - before;
     if (slot >= p.slots) return {};
   }
   const int n = sequence_of_slot(p, by, slot);
@@ -477,7 +463,7 @@ __global__ void __launch_bounds__(kPrepareThreads, prepare_ctas<Element, K, kFlo
     }
     // The first CTAs of all would all wait for their loads at the same time, and then all compute. In turn, the first
     // ones of each SM compute while the others load.
-    if (own.valid > 0 && blockIdx.x < kCtas * p.num_sms && (kBeside || gridDim.x > p.num_sms)) own.turn = place_on_sm();
+    if (own.valid > 0 && blockIdx.x < kCtas * p.num_sms && gridDim.x > p.num_sms) own.turn = place_on_sm();
     if (threadIdx.x == 0) *place = own;
   }
   __syncthreads();
