@@ -16,6 +16,12 @@ __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontr
 
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// Has an address computed here, and not where it is first needed.
+template <class T>
+__device__ __forceinline__ void settle(T*& address) {
+  asm volatile("" : "+l"(address));
+}
+
 // threadIdx.x, read anew: where registers are scarce, the compiler would rather spill it.
 __device__ __forceinline__ int this_thread() {
   int x;

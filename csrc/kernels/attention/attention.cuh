@@ -107,12 +107,6 @@ __device__ __forceinline__ uint32_t rounded_sum(uint32_t x, uint32_t y) {
   return pack<Element>(a.x + b.x, a.y + b.y);
 }
 
-// Has an address computed here, and not where it is first needed.
-template <class T>
-__device__ __forceinline__ void settle(T*& address) {
-  asm volatile("" : "+l"(address));
-}
-
 // The keys that a row has: start..length, of which the last one is new. `length` is -1 where there is no room for it.
 struct KeyRange {
   int start, length;

@@ -35,20 +35,20 @@ struct LinearShape {
   };  // behind it, the norm's weight
 };
 
-// Multiplies x with the norm's weight, rounded. Returns the sum of its squares from before.
+// Multiplies x with the norm's weight, rounded.
 template <class Element>
-__device__ __forceinline__ float weigh(uint4& x, const uint4& weight) {
-  float squares = 0.0f;
-  uint32_t* const words = reinterpret_cast<uint32_t*>(&x);
-  const uint32_t* const factors = reinterpret_cast<const uint32_t*>(&weight);
+__device__ __forceinline__ void weigh(uint4& x, const uint4& weight) {
+  using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
+  Pair* const pairs = reinterpret_cast<Pair*>(&x);
+  const Pair* const factors = reinterpret_cast<const Pair*>(&weight);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 a = unpack<Element>(words[i]), w = unpack<Element>(factors[i]);
-    squares = fmaf(a.x, a.x, fmaf(a.y, a.y, squares));
-    words[i] = pack<Element>(a.x * w.x, a.y * w.y);
-  }
-  return squares;
+  for (int i = 0; i < 4; ++i) pairs[i] = __hmul2(pairs[i], factors[i]);
 }
+
+// An output of a round: its channel of a tile, its row of x, its tile, and the channel of the round.
+struct Output {
+  int channel, token, tile, n;
+};
 
 template <class Element, int kWarpsK, int kSlots>
 __global__ void __launch_bounds__(kLinearThreads, kLinearCtas) linear(const __grid_constant__ LinearParams p) {
@@ -64,25 +64,38 @@ __global__ void __launch_bounds__(kLinearThreads, kLinearCtas) linear(const __gr
   const int steps = (p.K + kStepColumns - 1) / kStepColumns;
   const int own_steps = steps > own_part ? (steps - own_part + kWarpsK - 1) / kWarpsK : 0;
 
-  // The next step to copy, of the round of tiles it belongs to.
-  int copied_round = blockIdx.x, copied_step = 0, copied_slot = 0;
+  // The next step to copy, of the round of tiles it belongs to: where this lane's pieces of four rows are, and how many columns there
+  // are from there on. Beyond the last one, pieces are zeros, and the place stays where it is.
+  int copied_round = blockIdx.x, copied_step = 0, copied_slot = 0, left;
+  const Element* from[4];
+  const auto begin_round = [&]() {
+    const int first = (copied_round * Shape::kRowTiles + warp / kWarpsK) * rows;
+    const int column = own_part * kStepColumns + 8 * (lane % 8);
+    left = p.K - column;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = 4 * i + lane / 8;
+      // The upper 8 rows of a tile with SwiGLU are `up`.
+      const int n = p.swiglu ? min(first + r % 8, p.N - 1) + (i < 2 ? 0 : p.N) : min(first + r, p.N - 1);
+      from[i] = static_cast<const Element*>(p.weight) + static_cast<int64_t>(n) * p.K + (left > 0 ? column : 0);
+    }
+  };
+  // Every other row has its halves swapped, so that two rows of 64 bytes share no bank.
+  char* const own_place = smem.ring[warp][0] + lane / 8 * 128 + 16 * (lane % 8 ^ (lane / 8 % 2 * 4));
   const auto begin_step = [&]() {
     if (copied_round < rounds && own_steps > 0) {
-      char* const place = smem.ring[warp][copied_slot];
-      const int first = (copied_round * Shape::kRowTiles + warp / kWarpsK) * rows;
-      const int column = (own_part + copied_step * kWarpsK) * kStepColumns + 8 * (lane % 8);
-      const bool is_there = column < p.K;
-      const Element* const weight = static_cast<const Element*>(p.weight) + (is_there ? column : 0);
+      constexpr int kColumns = kWarpsK * kStepColumns;  // to this warp's next step
+      const int further = left > kColumns ? kColumns : 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // 4 rows of 128 bytes each
-        const int r = 4 * i + lane / 8;
-        // The upper 8 rows of a tile with SwiGLU are `up`.
-        const int from = p.swiglu ? min(first + r % 8, p.N - 1) + (i < 2 ? 0 : p.N) : min(first + r, p.N - 1);
-        // Every other row has its halves swapped, so that two rows of 64 bytes share no bank.
-        copy_async_if(is_there, place + r * 128 + 16 * (lane % 8 ^ (r % 2 * 4)),
-                      weight + static_cast<int64_t>(from) * p.K);
+        copy_async_if(left > 0, own_place + copied_slot * kStepBytes + i * 512, from[i]);
+        from[i] += further;
       }
-      if (++copied_step == own_steps) copied_step = 0, copied_round += static_cast<int>(gridDim.x);
+      left -= kColumns;
+      if (++copied_step == own_steps) {
+        copied_step = 0, copied_round += static_cast<int>(gridDim.x);
+        begin_round();
+      }
       if (++copied_slot == kSlots) copied_slot = 0;
     }
     commit_copies();
@@ -91,11 +104,28 @@ __global__ void __launch_bounds__(kLinearThreads, kLinearCtas) linear(const __gr
   launch_dependents();
   const bool has_norm = p.norm_weight != nullptr;
   if (has_norm) {
-    copy_async(smem_bytes + sizeof(smem), p.norm_weight, 2 * p.K, static_cast<int>(threadIdx.x), kLinearThreads);
+#pragma unroll 1
+    for (int at = 16 * static_cast<int>(threadIdx.x); at < 2 * p.K; at += 16 * kLinearThreads)
+      copy_async(smem_bytes + sizeof(smem) + at, static_cast<const char*>(p.norm_weight) + at);
     commit_copies();
   }
-#pragma unroll
+  begin_round();
+#pragma unroll 1
   for (int i = 0; i < kSlots; ++i) begin_step();
+  const auto output_at = [&](int i) {
+    const int channel = i % rows, token = i / rows % p.M, tile = i / rows / p.M;
+    return Output{channel, token, tile, tile * rows + channel};
+  };
+  // What can be computed before it is needed: x of this thread, how many columns it has there, and what the thread makes first of
+  // each round.
+  const int first_column = own_part * kStepColumns + 8 * quarter, columns = row < p.M ? p.K - first_column : 0;
+  const Element* x = static_cast<const Element*>(p.x) + min(row, p.M - 1) * p.x_stride + first_column;
+  const int outputs = Shape::kRowTiles * p.M * rows;  // of a round
+  const Output own = output_at(static_cast<int>(threadIdx.x));
+  const uint16_t* own_residual = p.residual == nullptr || static_cast<int>(threadIdx.x) >= outputs
+                                     ? nullptr
+                                     : static_cast<const uint16_t*>(p.residual) + own.token * p.residual_stride + own.n;
+  settle(x), settle(own_residual);
   if (has_norm) {
     wait_for_copies<kSlots>();
     __syncthreads();
@@ -103,27 +133,28 @@ __global__ void __launch_bounds__(kLinearThreads, kLinearCtas) linear(const __gr
   wait_for_previous_kernel();
 
   uint4 pieces[kHeld][2];
-  float squares = 0.0f;
+  float squares[2][4] = {};  // products of the rows of x with each other, of half of the columns each
   int slot = 0, parity = 0;
 #pragma unroll 1
   for (int round = blockIdx.x; round < rounds; round += static_cast<int>(gridDim.x), parity ^= 1) {
     const bool is_first = round == static_cast<int>(blockIdx.x);
-    const Element* const x = static_cast<const Element*>(p.x);
-    float sums[4] = {};
+    const int first_n = round * Shape::kRowTiles * rows;
+    uint16_t residual = 0;
+    if (own_residual != nullptr && first_n + own.n < p.N) residual = __ldcg(own_residual + first_n);
+    float sums[2][4] = {};
 #pragma unroll 1
     for (int begin = 0; begin < own_steps; begin += kHeld) {
       if (is_first || own_steps > kHeld) {
-        const auto column_of = [&](int i, int half) {
-          return (own_part + (begin + i) * kWarpsK) * kStepColumns + 32 * half + 8 * quarter;
-        };
+        const int begin_column = begin * kWarpsK * kStepColumns, columns_left = columns - begin_column;
+        const uint4* const x_from = reinterpret_cast<const uint4*>(x + begin_column);
+        const uint4* const factors_from = factors + (first_column + begin_column) / 8;
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int column = column_of(i, half);
+            const int column = i * kWarpsK * kStepColumns + 32 * half;
             pieces[i][half] = {0, 0, 0, 0};
-            if (begin + i < own_steps && column < p.K && row < p.M)
-              pieces[i][half] = __ldcg(reinterpret_cast<const uint4*>(x + row * p.x_stride + column));
+            if (column < columns_left) pieces[i][half] = __ldcg(x_from + column / 8);
           }
         }
         if (has_norm) {
@@ -131,10 +162,13 @@ __global__ void __launch_bounds__(kLinearThreads, kLinearCtas) linear(const __gr
           for (int i = 0; i < kHeld; ++i) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const int column = column_of(i, half);
-              if (begin + i >= own_steps || column >= p.K) continue;
-              const float square = weigh<Element>(pieces[i][half], factors[column / 8]);
-              if (is_first) squares += square;
+              uint4& piece = pieces[i][half];
+              if (is_first) {
+                mma<Element>(squares[0], {piece.x, 0, piece.y, 0}, piece.x, piece.y);
+                mma<Element>(squares[1], {piece.z, 0, piece.w, 0}, piece.z, piece.w);
+              }
+              const int column = i * kWarpsK * kStepColumns + 32 * half;
+              if (column < columns_left) weigh<Element>(piece, factors_from[column / 8]);
             }
           }
         }
@@ -151,8 +185,8 @@ __global__ void __launch_bounds__(kLinearThreads, kLinearCtas) linear(const __gr
           const uint4 a = *reinterpret_cast<const uint4*>(place + at);
           const uint4 b = *reinterpret_cast<const uint4*>(place + 1024 + at);
           const uint32_t one[4] = {a.x, b.x, a.y, b.y}, other[4] = {a.z, b.z, a.w, b.w};
-          mma<Element>(sums, one, pieces[i][half].x, pieces[i][half].y);
-          mma<Element>(sums, other, pieces[i][half].z, pieces[i][half].w);
+          mma<Element>(sums[0], one, pieces[i][half].x, pieces[i][half].y);
+          mma<Element>(sums[1], other, pieces[i][half].z, pieces[i][half].w);
         }
         __syncwarp();  // all lanes have read
         begin_step();
@@ -162,17 +196,16 @@ __global__ void __launch_bounds__(kLinearThreads, kLinearCtas) linear(const __gr
 
     auto& own_sums = smem.sums[parity][warp];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) own_sums[row + 8 * (i / 2)][2 * quarter + i % 2] = sums[i];
-    if (has_norm && is_first) {
-      squares += __shfl_xor_sync(0xffffffffu, squares, 1);
-      squares += __shfl_xor_sync(0xffffffffu, squares, 2);
-      if (quarter == 0) smem.squares[warp][row] = squares;
-    }
+    for (int i = 0; i < 4; ++i) own_sums[row + 8 * (i / 2)][2 * quarter + i % 2] = sums[0][i] + sums[1][i];
+    if (has_norm && is_first && quarter == row / 2)
+      smem.squares[warp][row] = row % 2 == 0 ? squares[0][0] + squares[1][0] : squares[0][1] + squares[1][1];
     __syncthreads();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < Shape::kRowTiles * p.M * rows; i += kLinearThreads) {
-      const int channel = i % rows, token = i / rows % p.M, tile = i / rows / p.M;
-      const int n = (round * Shape::kRowTiles + tile) * rows + channel;
+    for (int i = threadIdx.x; i < outputs; i += kLinearThreads) {
+      const bool is_own = i == static_cast<int>(threadIdx.x);
+      const Output output = is_own ? own : output_at(i);
+      const int channel = output.channel, token = output.token, tile = output.tile;
+      const int n = first_n + output.n;
       if (n >= p.N) continue;
       float y = 0.0f, up = 0.0f, square = 0.0f;
 #pragma unroll
@@ -189,8 +222,8 @@ __global__ void __launch_bounds__(kLinearThreads, kLinearCtas) linear(const __gr
       y = rounded<Element>(y);
       if (p.swiglu) y = rounded<Element>(y / (1.0f + expf(-y))) * rounded<Element>(up);
       if (p.residual != nullptr) {
-        const uint16_t bits = __ldcg(static_cast<const uint16_t*>(p.residual) + token * p.residual_stride + n);
-        y += load_float<Element>(&bits, 0);
+        if (!is_own) residual = __ldcg(static_cast<const uint16_t*>(p.residual) + token * p.residual_stride + n);
+        y += unpack<Element>(residual).x;
       }
       store_value<Element>(p.out, token * p.out_stride + n, y);
     }
