@@ -169,6 +169,7 @@ struct Arguments {
   std::optional<double> lower_bound;
   MaybeTensor initial_state, final_state, states, cu_seqlens;
   bool use_gate, use_qk_norm, use_beta_sigmoid, allow_neg_eigval, state_v_first;
+  bool g_is_low_rank = false;  // one head, which a weight makes all of
 
   // Checks all of them and sets sizes, dtypes and flags. States have `rows` rows, or one a sequence; `states` has `count` in
   // its second dimension, or as many as there are chunks of 64 tokens.
@@ -193,7 +194,8 @@ void Arguments::check(kda::KdaParams& params, std::optional<int64_t> rows, std::
   require(has_shape(k, {B, T, H, K}), "`k` must have the shape of `q`");
   require(has_shape(v, {B, T, HV, V}), "`v` must have shape [B, T, HV, V]");
   require(H > 0 && HV % H == 0, "`v` must have a multiple of the heads of `q`");
-  require(has_shape(g, {B, T, HV, K}), "`g` must have shape [B, T, HV, K]");
+  require(g_is_low_rank || has_shape(g, {B, T, HV, K}), "`g` must have shape [B, T, HV, K]");
+  require(!g_is_low_rank || has_shape(g, {B, T, 1, K}), "`g` must have shape [B, T, 1, K] with `g_weight`");
   require(has_shape(beta, {B, T, HV}), "`beta` must have shape [B, T, HV]");
   require(has_shape(out, {B, T, HV, V}), "`out` must have the shape of `v`");
   require(!A_log || has_shape(*A_log, {HV}), "`A_log` must have shape [HV]");
@@ -441,7 +443,9 @@ void decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor out
                  MaybeTensor A_log, MaybeTensor dt_bias, std::optional<double> lower_bound, Tensor recurrent_state,
                  Tensor conv_state, Tensor q_conv_weight, Tensor k_conv_weight, Tensor v_conv_weight,
                  Tensor norm_weight, double norm_eps, MaybeTensor state_indices, bool allow_neg_eigval,
-                 bool state_v_first) {
+                 bool state_v_first, MaybeTensor g_weight, MaybeTensor output_gate_weight) {
+  const bool is_low_rank = g_weight.has_value();
+  require(is_low_rank == output_gate_weight.has_value(), "`g_weight` and `output_gate_weight` go together");
   require(recurrent_state.dim() == 4, "`recurrent_state` must have shape [P, HV, V, K], or [P, HV, K, V]");
   Arguments arguments{q,
                       k,
@@ -461,8 +465,9 @@ void decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor out
                       true,
                       true,
                       allow_neg_eigval,
-                      state_v_first};
-  kda::DecodeStepParams params{};
+                      state_v_first,
+                      is_low_rank};
+  kda::LowRankStepParams params{};
   const int64_t rows = recurrent_state.size(0);
   arguments.check(params, rows, std::nullopt);
   require(params.T == 1, "`q` must have one token a sequence");
@@ -473,8 +478,10 @@ void decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor out
   require(q_conv_weight.dim() == 2, "`q_conv_weight` must have shape [H * K, W]");
   const int64_t width = q_conv_weight.size(1);
   params.conv_width = as_int(width, "q_conv_weight");
-  if (const char* reason = kda::decode_step_refusal(params)) refuse(reason);
-  require(has_shape(output_gate, {params.B, 1, params.HV, params.V}), "`output_gate` must have the shape of `v`");
+  if (const char* reason = is_low_rank ? kda::low_rank_step_refusal(params) : kda::decode_step_refusal(params))
+    refuse(reason);
+  require(is_low_rank || has_shape(output_gate, {params.B, 1, params.HV, params.V}),
+          "`output_gate` must have the shape of `v`");
   require(has_shape(q_conv_weight, {key_channels, width}), "`q_conv_weight` must have shape [H * K, W]");
   require(has_shape(k_conv_weight, {key_channels, width}), "`k_conv_weight` must have shape [H * K, W]");
   require(has_shape(v_conv_weight, {value_channels, width}), "`v_conv_weight` must have shape [HV * V, W]");
@@ -497,6 +504,28 @@ void decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor out
   }
   require(is_plain(recurrent_state), "`recurrent_state` must be contiguous");
   require(is_plain(conv_state), "`conv_state` must be contiguous");
+  if (is_low_rank) {
+    require(has_shape(output_gate, {params.B, 1, 1, params.K}),
+            "`output_gate` must have shape [B, T, 1, K] with `output_gate_weight`");
+    require(has_shape(*g_weight, {int64_t{params.HV} * params.K, params.K}), "`g_weight` must have shape [HV * K, K]");
+    require(has_shape(*output_gate_weight, {value_channels, params.K}),
+            "`output_gate_weight` must have shape [HV * V, K]");
+    require(A_log && dt_bias && !state_indices, "`g_weight` needs `A_log` and `dt_bias`, and no `state_indices`");
+    for (const Tensor* x :
+         {&g, &beta, &*g_weight, &*output_gate_weight, &norm_weight, &conv_state, &*A_log, &*dt_bias}) {
+      require(x->scalar_type() == dtype, "all but `recurrent_state` must have the dtype of `q` with `g_weight`");
+    }
+    for (const Tensor* x : {&*g_weight, &*output_gate_weight, &q_conv_weight, &k_conv_weight, &v_conv_weight,
+                            &norm_weight, &*A_log, &*dt_bias}) {  // of which there is no time for copies
+      require(x->is_cuda() && x->get_device_index() == arguments.device(), "the tensors must be on one CUDA device");
+      require(is_plain(*x), "the weights must be contiguous with `g_weight`");
+    }
+    for (const Tensor* x : {&q, &k, &v}) {
+      require(has_aligned_rows(*x) && (params.H == 1 || x->stride(2) == params.K),
+              "`q`, `k` and `v` must have heads side by side with `g_weight`");
+    }
+    require(params.H == 1 || beta.stride(2) == 1, "`beta` must have contiguous rows with `g_weight`");
+  }
 
   const Place place(arguments.device());
   if (params.B == 0) return;
@@ -515,10 +544,15 @@ void decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor out
   params.conv_state_dtype = dtype_of(conv_state.scalar_type(), "conv_state");
   if (state_indices) params.state_indices = plain_data(*state_indices);
   params.state_indices_is_int64 = state_indices && state_indices->scalar_type() == ScalarType::Long;
-  Output output(out, has_aligned_rows);
+  Output output(out, is_low_rank ? is_plain : has_aligned_rows);
   set_strides(output.tensor(), params.out_strides);
   params.out = output.data();
-  check_cuda(kda::decode_step(params, place.stream()), "decode_step");
+  if (is_low_rank) {
+    params.g_weight = g_weight->const_data_ptr(), params.output_gate_weight = output_gate_weight->const_data_ptr();
+    check_cuda(kda::low_rank_step(params, place.stream()), "low_rank_step");
+  } else {
+    check_cuda(kda::decode_step(params, place.stream()), "decode_step");
+  }
   output.copy_back();
 }
 
@@ -853,7 +887,8 @@ STABLE_TORCH_LIBRARY(kda_hf_cuda, m) {
       "decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor output_gate, float scale, "
       "Tensor(a!) out, Tensor? A_log, Tensor? dt_bias, float? lower_bound, Tensor(b!) recurrent_state, "
       "Tensor(c!) conv_state, Tensor q_conv_weight, Tensor k_conv_weight, Tensor v_conv_weight, Tensor norm_weight, "
-      "float norm_eps, Tensor? state_indices, bool allow_neg_eigval, bool state_v_first) -> ()");
+      "float norm_eps, Tensor? state_indices, bool allow_neg_eigval, bool state_v_first, Tensor? g_weight=None, "
+      "Tensor? output_gate_weight=None) -> ()");
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) y, "
       "Tensor(b!)? final_state, bool silu) -> ()");

@@ -235,11 +235,21 @@ class _KDA:
         batch = len(x)
         (*qkv, decay, gate, beta), joined = self.projections(self.by, x, self.norm)
         q, k, v = (y.view(batch, 1, heads, -1) for y, heads in zip(qkv, self.heads, strict=True))
-        if joined is None or self.pair is None:
+        states = {"conv_state": conv_state, "recurrent_state": recurrent_state}
+        low_rank = None  # inputs of both second layers
+        if joined is not None and self.pair is not None:
+            low_rank = joined.narrow(1, self.first_of_pair, 2 * decay.shape[1])
+            if record is None and self.gate_bias is None:
+                o = self.by.low_rank_step(
+                    q, k, v, beta.unsqueeze(1), low_rank, (self.decay, self.gate), **states, scale=self.scale,
+                    parameters=self.parameters,
+                )  # fmt: skip
+                if o is not None:
+                    return self.by.product(o.flatten(1), self.output, residual=x, next_norm=self.next_norm)
+        if low_rank is None or self.pair is None:
             g, output_gate = self.by.product(decay, self.decay), self.by.product(gate, self.gate)
         else:
-            both = joined.narrow(1, self.first_of_pair, 2 * decay.shape[1])
-            g, output_gate = self.by.grouped(both, self.pair, 2)
+            g, output_gate = self.by.grouped(low_rank, self.pair, 2)
         if self.gate_bias is not None:
             output_gate = output_gate + self.gate_bias
         g = g.view(batch, 1, -1, self.head_dim)
@@ -248,7 +258,6 @@ class _KDA:
         if record is not None:
             side_by_side = torch.cat(list(qkv), dim=-1) if joined is None else joined.narrow(1, 0, self.first_of_pair)
             record(self.replay, side_by_side.unsqueeze(1), g, beta)
-        states = {"conv_state": conv_state, "recurrent_state": recurrent_state}
         by_torch = x.device.type == "cpu" and not self.has_extension
         if by_torch and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()):
             # What the operator comes to, but for its checks, which would take a third of the time. A compiler that

@@ -134,6 +134,22 @@ def run_step(
     assert all(x.cpu().isfinite().all() for x in (out, *states.values()))
 
 
+def run_low_rank_step(dtype: torch.dtype, B: int, H: int, state: torch.dtype) -> None:
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape).to(dtype).cuda()
+
+    channels = H * 128
+    q, k, v, out = (tensor(B, 1, H, 128) for _ in range(4))
+    beta, g, output_gate = tensor(B, 1, H), tensor(B, 1, 1, 128), tensor(B, 1, 1, 128)
+    states = tensor(B, H, 128, 128, dtype=state), tensor(B, 3 * channels, 4)
+    conv_weights = (tensor(channels, 4) for _ in range(3))
+    torch.ops.kda_hf_cuda.decode_step(
+        q, k, v, g, beta, output_gate, 0.1, out, tensor(H), tensor(channels), None, *states, *conv_weights, tensor(128),
+        1e-5, None, False, False, tensor(channels, 128), tensor(channels, 128),
+    )  # fmt: skip
+    assert all(x.cpu().isfinite().all() for x in (out, *states))
+
+
 def run_conv(dtype: torch.dtype, width: int, lengths: list[int] | None, state: torch.dtype | None) -> None:
     """In place where there is a state, on the raw operator: `causal_conv1d` has no choice of backend."""
     B, T, D = (2, 37, 264) if lengths is None else (1, sum(lengths) + 3, 40)
@@ -239,6 +255,9 @@ def decode() -> None:
             run_recurrent(dtype, K, V, gate, lengths, v_first, state)
         for HV in (1, 2):
             run_step(dtype, K, V, 4 if v_first else 3, v_first, state, HV)
+    # Clusters of four CTAs and of two.
+    for dtype, state, (B, H) in itertools.product(DTYPES, (torch.float32, torch.bfloat16), ((1, 1), (3, 2), (70, 1))):
+        run_low_rank_step(dtype, B, H, state)
     # So many sequences that CTAs hint at what later ones need, and, but for one token, have more value channels.
     for v_first, state in itertools.product((False, True), (torch.float32, torch.bfloat16)):
         for lengths, tokens in ((None, 1), (None, 2), ([1, 0, 2] * 80, 0), ([3, 0, 2] * 80, 0)):

@@ -13,6 +13,7 @@ from test_fwd import DEVICE, GATES, WIDTHS, Guarded, arguments, error, packed, r
 
 from kda_hf import ops
 from kda_hf.ops import cuda
+from kda_hf.ops.rows import KernelRows
 
 
 pytestmark = test_fwd.pytestmark
@@ -832,3 +833,121 @@ def test_step_of_views_and_of_a_graph():
         graph.replay()
         assert torch.equal(o, ops.kda_decode_step(**call | eager, backend="cuda"))
         assert all(torch.equal(call[name], eager[name]) for name in eager)
+
+
+# -------------------------------------------------------------------- kda_decode_step with second layers of its inputs
+
+
+def low_rank_arguments(dtype=torch.bfloat16, state=torch.float32, H=2, **others):
+    """As `step_arguments`, with what g and the output gate are made of: vectors side by side, and two weights."""
+    x = step_arguments(dtype, state, H=H, HV=H, **others)
+    low_rank = torch.randn(len(x["q"]), 256, device=DEVICE).to(dtype)
+    weights = tuple((torch.randn(H * 128, 128, device=DEVICE) / 128**0.5).to(dtype) for _ in range(2))
+    torch.cuda.synchronize()  # weights must not be what the kernel right before the step writes
+    return x, low_rank, weights
+
+
+def low_rank_step(x, low_rank, weights, out=None, **changed):
+    """The kernel alone, in place."""
+    g, gate = low_rank.view(len(low_rank), 1, 2, 1, 128).unbind(2)
+    out = torch.full_like(x["v"], float("nan")) if out is None else out
+    defaults = {"scale": 128**-0.5, "allow_neg_eigval": False, "state_indices": None}
+    x = x | defaults | {"g": g, "output_gate": gate} | changed
+    names = ("q", "k", "v", "g", "beta", "output_gate", "scale")
+    more = ("A_log", "dt_bias", "lower_bound", "recurrent_state", "conv_state")
+    others = ("q_conv_weight", "k_conv_weight", "v_conv_weight", "norm_weight", "norm_eps")
+    torch.ops.kda_hf_cuda.decode_step(
+        *(x[name] for name in names), out, *(x[name] for name in (*more, *others)),
+        x["state_indices"], x["allow_neg_eigval"], x["state_v_first"], *weights,
+    )  # fmt: skip
+    return out
+
+
+def check_low_rank_step(x, low_rank, weights, **changed):
+    states = {name: x[name].clone() for name in ("conv_state", "recurrent_state")}
+    o = low_rank_step(x | states, low_rank, weights, **changed)
+    made = [
+        (part.double() @ weight.double().T).to(o.dtype).view(x["v"].shape)
+        for part, weight in zip(low_rank.chunk(2, 1), weights, strict=True)
+    ]
+    wanted = x | {name: x[name].clone() for name in states} | dict(zip(("g", "output_gate"), made, strict=True))
+    expected = ops.kda_decode_step(**wanted | changed, backend="torch")
+    assert error(o, expected.double()) <= {torch.bfloat16: 4e-3, torch.float16: 6e-4}[o.dtype]
+    assert torch.equal(states["conv_state"], wanted["conv_state"])
+    bound = 3e-4 if states["recurrent_state"].dtype == torch.float32 else 3e-3
+    assert error(states["recurrent_state"], wanted["recurrent_state"].double()) <= bound
+    return o
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (1, 16), (8, 16), (70, 1), (40, 8)], ids=str)
+def test_low_rank_step(size, dtype):
+    """Clusters of four CTAs and of two, and more than there is room for at once."""
+    for state, bound in itertools.product(STATES, (-5.0, -0.01, None)):
+        check_low_rank_step(*low_rank_arguments(dtype, state, B=size[0], H=size[1], lower_bound=bound))
+    check_low_rank_step(*low_rank_arguments(dtype, B=size[0], H=size[1]), allow_neg_eigval=True, scale=0.3)
+
+
+def test_low_rank_steps_follow_each_other():
+    """In a graph, after a product that makes their inputs: each goes on from where the last one left, always alike."""
+    x, low_rank, weights = low_rank_arguments(B=2, H=4)
+    q_channels = 4 * 128
+    projection = (torch.randn(3 * q_channels + 256, 512, device=DEVICE) / 512**0.5).bfloat16()
+    hidden = torch.randn(2, 512, device=DEVICE).bfloat16()
+    ours = KernelRows()
+
+    def step():
+        y = ours.product(hidden, projection)
+        q, k, v = (part.view(2, 1, 4, 128) for part in y[:, : 3 * q_channels].split(q_channels, 1))
+        return low_rank_step(x | {"q": q, "k": k, "v": v}, y[:, 3 * q_channels :], weights)
+
+    def start():
+        for name, state in before.items():
+            x[name].copy_(state)
+
+    before = {name: x[name].clone() for name in ("conv_state", "recurrent_state")}
+    expected = [(step(), *(x[name].clone() for name in before)) for _ in range(3)]
+    start()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = step()
+    for _ in range(20):
+        start()
+        for wanted in expected:
+            graph.replay()
+            assert all(torch.equal(*pair) for pair in zip((o, *(x[name] for name in before)), wanted, strict=True))
+
+
+REFUSED = ["pair", "g", "gate", "weight", "dtype", "widths", "heads", "layout", "strided", "A_log"]
+
+
+@pytest.mark.parametrize("what", [*REFUSED, "W", "pool", "rows", "beta"])
+def test_what_the_low_rank_step_refuses(what):
+    shapes = {"widths": {"K": 64, "V": 64}, "W": {"W": 3}}.get(what, {})
+    x = step_arguments(H=2, **{"HV": 4 if what == "heads" else 2} | shapes)
+    _, low_rank, (g_weight, gate_weight) = low_rank_arguments()
+    one_head = dict.fromkeys(("g", "output_gate"), x["q"][:, :, :1])
+    apart = torch.cat([x["q"], x["q"]], -1)[..., :128]
+    changed, match = {
+        "pair": ({"weights": (g_weight, None)}, "go together"),
+        "g": ({"g": x["g"]}, "`g` must have shape"),
+        "gate": ({"output_gate": x["output_gate"]}, "`output_gate` must have shape"),
+        "weight": ({"weights": (g_weight[:-1], gate_weight)}, "`g_weight` must have shape"),
+        "dtype": ({"weights": (g_weight.float(), gate_weight)}, "dtype of `q`"),
+        "widths": (one_head, "128 wide"),
+        "heads": (one_head, "as many heads"),
+        "layout": ({"state_v_first": True}, r"\[K, V\]"),
+        "strided": ({"weights": (g_weight.repeat_interleave(2, 1)[:, ::2], gate_weight)}, "contiguous"),
+        "A_log": ({"A_log": None}, "needs `A_log`"),
+        "W": ({}, "4 wide"),
+        "pool": ({"state_indices": torch.arange(3, device=DEVICE)}, "no `state_indices`"),
+        "rows": ({"q": apart}, "side by side"),
+        "beta": ({"beta": x["beta"].repeat_interleave(2, -1)[..., ::2]}, "`beta` must have"),
+    }[what]
+    changed = {"weights": (g_weight, gate_weight)} | changed
+    states = {name: x[name].clone() for name in ("conv_state", "recurrent_state")}
+    out = torch.full_like(x["v"], float("nan"))
+    with pytest.raises(RuntimeError, match=match):
+        low_rank_step(x, low_rank, changed.pop("weights"), out=out, **changed)
+    torch.cuda.synchronize()
+    assert out.isnan().all() and all(torch.equal(x[name], state) for name, state in states.items())

@@ -50,4 +50,16 @@ const char* decode_step_refusal(const DecodeStepParams& params);
 
 cudaError_t decode_step(const DecodeStepParams& params, cudaStream_t stream);
 
+// The same from the inputs of two more layers: `g` and `output_gate` [B, T, 1, K] are multiplied with these weights [HV K, K] and
+// [HV V, K], contiguous and 16-byte aligned, and the products rounded. All but recurrent states is of the dtype of q, W is 4, heads lie
+// side by side, and neither A_log nor dt_bias is null. All weights, A_log and dt_bias are read before the kernel that comes right before
+// this one in the stream has ended, which therefore must not have written them.
+struct LowRankStepParams : DecodeStepParams {
+  const void *g_weight, *output_gate_weight;
+};
+
+const char* low_rank_step_refusal(const LowRankStepParams& params);
+
+cudaError_t low_rank_step(const LowRankStepParams& params, cudaStream_t stream);
+
 }  // namespace kda

@@ -17,6 +17,9 @@ Norm = tuple[torch.Tensor, float]
 MOST_ROWS = 32  # of the kernels for products; torch's take more of them, at the speed of the weight too
 MOST_NORMED = 8  # of the kernel that takes norms along; for more, they are made of what the product before it leaves
 GROUP_ROWS = 64  # rows of a group's weight are a multiple of these
+LOW_RANK_WIDTH = 128  # of heads and low-rank inputs, for the kernel that takes second layers along with a step
+LOW_RANK_TAPS = 4  # of its convolutions
+MOST_LOW_RANK = 1024  # heads of all rows for it: each has CTAs of its own, which read the weights anew
 ATTENTION_WIDTHS = (64, 128)
 MOST_GROUPED = 32  # heads of queries that share one of keys
 
@@ -53,6 +56,29 @@ class TorchRows:
     def grouped(self, x: torch.Tensor, weight: torch.Tensor, groups: int) -> list[torch.Tensor]:
         """Products `[M, N]` of each group of columns of x `[M, groups · K]` with one of rows of `[groups · N, K]`."""
         return [F.linear(*pair) for pair in zip(x.chunk(groups, -1), weight.chunk(groups), strict=True)]
+
+    def low_rank_step(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        beta: torch.Tensor,
+        low_rank: torch.Tensor,
+        weights: tuple[torch.Tensor, torch.Tensor],
+        conv_state: torch.Tensor,
+        recurrent_state: torch.Tensor,
+        scale: float,
+        parameters: dict[str, Any],
+    ) -> torch.Tensor | None:
+        """
+        `kda_decode_step` of what two more layers make of `low_rank`, or None where nothing does both at once.
+
+        Args:
+            low_rank: `[B, 2 · rank]`, the inputs of the second layers of decay and output gate, side by side.
+            weights: `[HV·K, rank]` and `[HV·V, rank]`, of these layers.
+            parameters: the other arguments of `kda_decode_step`.
+        """
+        return None
 
     def attention_workspace(self, like: torch.Tensor, *sizes: int) -> torch.Tensor | None:
         """What `attention_step` needs for batch, heads of queries, heads of keys, capacity and width."""
@@ -172,6 +198,25 @@ class KernelRows(TorchRows):
         out = x.new_empty(len(x), len(weight))
         torch.ops.kda_hf_cuda.linear(x, weight, out, None, 0.0, *(None,) * 5, groups, False)
         return list(out.chunk(groups, -1))
+
+    def low_rank_step(
+        self, q, k, v, beta, low_rank, weights, conv_state, recurrent_state, scale, parameters
+    ) -> torch.Tensor | None:
+        batch, _, heads, width = q.shape
+        widths = (width, v.shape[-1], low_rank.shape[1] // 2)
+        if v.shape[2] != heads or any(x != LOW_RANK_WIDTH for x in widths) or batch * heads > MOST_LOW_RANK:
+            return None
+        if conv_state.shape[-1] != LOW_RANK_TAPS or conv_state.dtype != q.dtype:
+            return None
+        g, output_gate = low_rank.view(batch, 1, 2, 1, -1).unbind(2)
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
+        names = ("A_log", "dt_bias", "lower_bound")
+        more = ("q_conv_weight", "k_conv_weight", "v_conv_weight", "norm_weight", "norm_eps")
+        torch.ops.kda_hf_cuda.decode_step(
+            q, k, v, g, beta, output_gate, scale, out, *(parameters[name] for name in names), recurrent_state,
+            conv_state, *(parameters[name] for name in more), None, parameters["allow_neg_eigval"], False, *weights,
+        )  # fmt: skip
+        return out
 
     def attention_workspace(self, like: torch.Tensor, *sizes: int) -> torch.Tensor | None:
         batch, heads, key_heads, capacity, width = sizes

@@ -57,14 +57,16 @@ __device__ __forceinline__ Number load_number(const void* base, int64_t index, D
 }
 
 // The log-decay of a channel from what the caller gave.
-__device__ __forceinline__ float log_decay(const RecurrentParams& p, float x, float rate, float bias) {
+template <class Params>
+__device__ __forceinline__ float log_decay(const Params& p, float x, float rate, float bias) {
   if (p.gate == Gate::kNone) return x;
   const float z = x + bias;
   if (p.gate == Gate::kSafe) return p.lower_bound * sigmoid(rate * z);
   return -rate * (fmaxf(z, 0.0f) + log1pf(expf(-fabsf(z))));
 }
 
-__device__ __forceinline__ float beta_of(const KdaParams& p, float x) {
+template <class Params>
+__device__ __forceinline__ float beta_of(const Params& p, float x) {
   if (!p.use_beta_sigmoid) return x;
   return (p.allow_neg_eigval ? 2.0f : 1.0f) * sigmoid(x);
 }
@@ -77,8 +79,8 @@ __device__ __forceinline__ float decay_of(const RecurrentParams& p, Number g, Nu
 }
 
 // The factors of a token, and its β, with one warp.
-template <class Element, int K>
-__device__ __forceinline__ void sum_up(const RecurrentParams& p, const Element* q, const Element* k, float beta,
+template <class Element, int K, class Params>
+__device__ __forceinline__ void sum_up(const Params& p, const Element* q, const Element* k, float beta,
                                        Token<K>& token) {
   const int lane = threadIdx.x & 31;
   float qs[K / 32], ks[K / 32], qq = 0.0f, kk = 0.0f, kq = 0.0f;
@@ -142,6 +144,10 @@ __device__ __forceinline__ int row_for_hint(const RecurrentParams& p, int n) {
 __device__ __forceinline__ Integer waited_for(Integer x) {
   return {__shfl_sync(0xffffffffu, x.low, 0), __shfl_sync(0xffffffffu, x.high, 0)};
 }
+
+struct Nothing {
+  __device__ __forceinline__ void operator()() const {}
+};
 
 // kWidth value channels of a state and kThreads threads. kHeld: in registers, for any number of tokens. Else it stays in shared
 // memory, where it is read twice, for one token: that leaves registers for more CTAs.
@@ -223,20 +229,23 @@ class Slice {
     if constexpr (kValuesFirst) {
       step_values_first(token, values, nullptr, nullptr, out);
     } else {
-      step_keys_first(token, values, nullptr, nullptr, out);
+      step_keys_first(token, values, nullptr, nullptr, out, Nothing{});
     }
   }
 
   // The same for the only token of a state that is not held: from `place`, and to matrix number `matrix` of `states`, or nowhere.
-  template <class Output>
+  // Keys first, `then` is called by all threads when `out` has been called for all channels and what it wrote to shared memory
+  // can be read.
+  template <class Output, class Then = Nothing>
   __device__ __forceinline__ void step_once(const Token<K>& token, const float* values, const char* place, void* states,
-                                            int64_t matrix, const Output& out) {
+                                            int64_t matrix, const Output& out, const Then& then = {}) {
     static_assert(!kHeld);
     State* const to = states == nullptr ? nullptr : static_cast<State*>(states) + matrix * K * V_ + own_;
     if constexpr (kValuesFirst) {
+      static_assert(std::is_same_v<Then, Nothing>);
       step_values_first(token, values, place, to, out);
     } else {
-      step_keys_first(token, values, place, to, out);
+      step_keys_first(token, values, place, to, out, then);
     }
   }
 
@@ -336,9 +345,9 @@ class Slice {
     }
   }
 
-  template <class Output>
+  template <class Output, class Then>
   __device__ __forceinline__ void step_keys_first(const Token<K>& token, const float* values, const char* place,
-                                                  State* to, const Output& out) {
+                                                  State* to, const Output& out, const Then& then) {
     const int row = first_row();
     float sums[8] = {};  // a of four channels, then b
 #pragma unroll
@@ -394,6 +403,7 @@ class Slice {
       }
     }
     __syncthreads();
+    then();
     if (!kHeld && to == nullptr) return;
     float u[4];
     load_neighbours<float>(exchange_.updates, column(), u);
