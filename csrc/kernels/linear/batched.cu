@@ -71,7 +71,7 @@ cudaError_t launch_batched(const LinearParams& p, int clusters, cudaStream_t str
     const cuuint64_t bytes[1] = {static_cast<cuuint64_t>(2 * stride)};
     const cuuint32_t box[2] = {kUnitColumns, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
     return encode(&map, kType, 2, const_cast<void*>(base), sizes, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
   };
   BatchedMaps maps;
