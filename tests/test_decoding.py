@@ -3,12 +3,15 @@
 import contextlib
 import copy
 import threading
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from kda_hf import KDACache, KDAForCausalLM, decode_graph, decoding, generation
+from kda_hf.ops import cpu_rows, kda_decode_step, rows
 
 
 NEW = 16
@@ -90,6 +93,44 @@ def assert_refuses(model, counted):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_is_what_the_modules_compute(model, batch, counted):
     assert_serves(model, counted, prompt(model, batch))
+
+
+LOW_RANK_ARGUMENTS = [
+    "q", "k", "v", "g", "beta", "output_gate", "scale", "out", "A_log", "dt_bias", "lower_bound", "recurrent_state",
+    "conv_state", "q_conv_weight", "k_conv_weight", "v_conv_weight", "norm_weight", "norm_eps", "state_indices",
+    "allow_neg_eigval", "state_v_first", "g_weight", "output_gate_weight",
+]  # fmt: skip
+
+
+def test_what_the_low_rank_step_is_given(tiny_model, counted, monkeypatch):
+    """With the operator in the place of the kernel that has second layers besides, a program computes the same."""
+    calls = []
+
+    def decode_step(*arguments):
+        given = dict(zip(LOW_RANK_ARGUMENTS, arguments, strict=True))
+        calls.append(len(given["q"]))
+        for name in ("g", "output_gate"):
+            weight = given.pop(f"{name}_weight")
+            given[name] = F.linear(given[name].flatten(1), weight).view(given["v"].shape)
+        given.pop("out").copy_(kda_decode_step(**given))
+
+    if hasattr(torch.ops.kda_hf_cuda, "decode_step"):  # the extension is there
+        arguments = torch.ops.kda_hf_cuda.decode_step.default._schema.arguments
+        assert [argument.name for argument in arguments] == LOW_RANK_ARGUMENTS
+    monkeypatch.setattr(torch.ops, "kda_hf_cuda", types.SimpleNamespace(decode_step=decode_step))
+    monkeypatch.setattr(cpu_rows, "refusal", lambda *_: "PyTorch's is asked for")
+    monkeypatch.setattr(rows.TorchRows, "low_rank_step", rows.KernelRows.low_rank_step)
+    for options in ({}, {"linear_lower_bound": None, "allow_neg_eigval": True}):
+        model = tiny_model(linear_head_dim=128, **options)
+        assert_serves(model, counted)
+        layers = model.config.layer_types.count("linear_attention")
+        assert calls == [2] * (NEW - 1) * layers
+        calls.clear()
+    for options in ({"linear_num_value_heads": 4}, {"linear_value_head_dim": 64}, {"linear_conv_kernel_dim": 3}):
+        assert_serves(tiny_model(linear_head_dim=128, **options), counted)
+        assert not calls
+    generate(model, prompt(model), past_key_values=KDACache(model.config))  # which keeps a history
+    assert not calls
 
 
 def test_states_are_those_of_the_modules(model):
