@@ -96,10 +96,10 @@ def test_is_what_the_modules_compute(model, batch, padded):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("batch", [1, 8, 9, 40])
-@pytest.mark.parametrize("rope", [False, True])
-def test_widths_of_kernels(tiny_model, relative_error, dtype, batch, rope):
+@pytest.mark.parametrize("others", [{}, ROPE, {"linear_head_dim": 128}], ids=["64", "64 with rope", "128"])
+def test_widths_of_kernels(tiny_model, relative_error, dtype, batch, others):
     """As close to the same model in fp32 as its modules are."""
-    model = tiny_model(**FITS, **ROPE if rope else {}).to(dtype)
+    model = tiny_model(**FITS | others).to(dtype)
     exact = copy.deepcopy(model).float()
     ids = prompt(model, batch)
     cache, by_modules, exactly = prefilled(model, ids), prefilled(model, ids), prefilled(exact, ids)
