@@ -880,9 +880,9 @@ def check_low_rank_step(x, low_rank, weights, **changed):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [(1, 1), (3, 2), (1, 16), (8, 16), (70, 1), (40, 8)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (1, 16), (4, 16), (50, 1), (8, 16), (70, 1), (40, 8)], ids=str)
 def test_low_rank_step(size, dtype):
-    """Clusters of four CTAs and of two, and more than there is room for at once."""
+    """Four CTAs a head, two, and one, on 132 SMs; and more than there is room for at once."""
     for state, bound in itertools.product(STATES, (-5.0, -0.01, None)):
         check_low_rank_step(*low_rank_arguments(dtype, state, B=size[0], H=size[1], lower_bound=bound))
     check_low_rank_step(*low_rank_arguments(dtype, B=size[0], H=size[1]), allow_neg_eigval=True, scale=0.3)

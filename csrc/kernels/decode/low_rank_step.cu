@@ -70,7 +70,7 @@ const char* low_rank_step_refusal(const LowRankStepParams& params) {
   if (params.K != kWide || params.V != kWide) return "with `g_weight`, heads have to be 128 wide";
   if (params.H != params.HV) return "with `g_weight`, `v` has to have as many heads as `q`";
   if (params.conv_width != kLowRankTaps) return "with `g_weight`, `q_conv_weight` has to be 4 wide";
-  if (params.N > 65535) return "with `g_weight`, there may be 65535 sequences";
+  if (params.N > 65535) return "with `g_weight`, there may be 65535 sequences at most";
   if (params.state_v_first) return "with `g_weight`, states have to be [K, V]";
   return nullptr;
 }

@@ -1,5 +1,5 @@
-// One token through a KDA layer as in decode_step.cuh, with the second layers of decay and output gate, for few sequences: a
-// cluster has a head of a sequence, and each of its CTAs some of the value channels.
+// One token through a KDA layer as in decode_step.cuh, with the second layers of decay and output gate: a cluster has a head of a
+// sequence, and each of its CTAs some of the value channels, or one CTA has all.
 //
 // Data flow
 //   1. The two layers' weights, and all others, are on their way before the kernel waits for the one before it: of the decay in
@@ -7,7 +7,7 @@
 //      value channels.
 //   2. Each thread convolves a channel of q or k, which each CTA makes for itself, too, and some one of v. The recurrent state is
 //      on its way to shared memory meanwhile (`Slice`). Each warp makes the decay of 16 key channels.
-//   3. The recurrence. Each CTA sends the sum of its outputs' squares to all of them, and they meet: then all have read the state of
+//   3. The recurrence. Each CTA of a cluster sends the sum of its outputs' squares to all of them, and they meet: then all have read the state of
 //      the convolution, and a part of q and k in it is written by each.
 //
 // A CTA goes through its code once, and fetching that may take longer than what it does. So there is one dtype, but for recurrent

@@ -104,6 +104,7 @@ __global__ void __launch_bounds__(kLinearThreads, kLinearCtas) linear(const __gr
   launch_dependents();
   const bool has_norm = p.norm_weight != nullptr;
   if (has_norm) {
+    // Few times, so that unrolling, as the compiler would, is code in the way of everything else.
 #pragma unroll 1
     for (int at = 16 * static_cast<int>(threadIdx.x); at < 2 * p.K; at += 16 * kLinearThreads)
       copy_async(smem_bytes + sizeof(smem) + at, static_cast<const char*>(p.norm_weight) + at);
