@@ -22,16 +22,15 @@ struct Cut {
   int clusters;
 };
 
-// Enough CTAs for all of 132 SMs to have weights on their way; beyond that, fewer splits leave less to add up. Those that have
-// all their x at once do better with less of it each.
+// Enough CTAs for nearly all of 132 SMs to have weights on their way; beyond that, fewer splits leave less to add up.
 Cut cut(int M, int N, int K, int groups, bool swiglu) {
   using Whole = BatchedShape<16, 2, 1>;
   const int tokens = M <= 16 ? 16 : 32;
   const int all_chunks = divided(K, kUnitColumns);
   if (groups > 1) return {all_chunks <= 16 ? tokens : 32, 1, 1, N / 64};
   Cut cut{tokens, 2, 1, divided(N, swiglu ? 64 : 128)};
-  const int wanted = tokens == 32 ? 118 : 198, most = swiglu ? 4 : 8;
-  while (cut.splits < most && cut.clusters * cut.splits < wanted && 2 * cut.splits <= all_chunks) cut.splits *= 2;
+  const int enough = 118, most = swiglu ? 4 : 8;
+  while (cut.splits < most && cut.clusters * cut.splits < enough && 2 * cut.splits <= all_chunks) cut.splits *= 2;
   const int x_bytes = divided(all_chunks, cut.splits) * Whole::kXBytes;
   if (Whole::kSumsPlace + x_bytes + Whole::kLeastStages * kUnitBytes > kSmemOfTwo) cut.tokens = 32;
   return cut;

@@ -25,8 +25,8 @@ namespace kda {
 constexpr int kBatchedWarpgroups = 2, kBatchedWarps = 4 * kBatchedWarpgroups, kBatchedConsumers = 32 * kBatchedWarps;
 constexpr int kBatchedThreads = kBatchedConsumers + 32;  // and a warp that copies
 constexpr int kUnitColumns = 64, kUnitBytes = kHalfBytes;
-constexpr int kMostStages = 24;
-constexpr int kChunksInFlight = 2;  // of 64 columns, whose products a warpgroup does not wait for
+constexpr int kMostStages = 24, kUnitsAhead = 4;  // of the ring, and units behind it that come to L2
+constexpr int kChunksInFlight = 1;                // of 64 columns, whose products a warpgroup does not wait for
 
 struct BatchedMaps {
   CUtensorMap weight, x;
@@ -41,8 +41,8 @@ struct BatchedPlan {
 // cluster.
 template <int kTokens, int kUnits, int kSplits>
 struct BatchedShape {
-  static constexpr int kRows = 64 * kUnits;
-  static constexpr int kXBytes = kTokens * kRowBytes;  // of a chunk
+  static constexpr int kRows = 64 * kUnits, kShare = kRows / kSplits;  // a CTA makes the outputs of that many
+  static constexpr int kXBytes = kTokens * kRowBytes;                  // of a chunk
   static constexpr bool kStreamsX = kTokens > 16;
   // Both warpgroups have sums of one unit, of every other chunk each; or of every other unit.
   static constexpr bool kSharesUnits = kUnits == 1;
@@ -66,6 +66,9 @@ struct BatchedShape {
   static_assert(4 * kUnits % kSplits == 0);
 };
 
+// Of a power of two.
+constexpr int log2_of(int x) { return x == 1 ? 0 : 1 + log2_of(x / 2); }
+
 // Copies `bytes` of this CTA's shared memory to that of another of the cluster, and tells the barrier there. Addresses are the
 // cluster's.
 __device__ __forceinline__ void send(uint32_t to, const void* from, int bytes, uint32_t barrier) {
@@ -88,7 +91,7 @@ __device__ __forceinline__ uint32_t swiglu_of(uint32_t gate, uint32_t up) {
 }
 
 template <class Element, int kTokens, int kUnits, int kSplits>
-__global__ void __launch_bounds__(kBatchedThreads, 2)
+__global__ void __cluster_dims__(kSplits, 1, 1) __launch_bounds__(kBatchedThreads, 2)
     batched_linear(const __grid_constant__ BatchedMaps maps, const __grid_constant__ BatchedPlan plan,
                    const __grid_constant__ LinearParams p) {
   using Shape = BatchedShape<kTokens, kUnits, kSplits>;
@@ -100,61 +103,67 @@ __global__ void __launch_bounds__(kBatchedThreads, 2)
   __shared__ float factors[kTokens];
 
   launch_dependents();
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = threadIdx.x & 31;
-  const int rank = static_cast<int>(blockIdx.x) % kSplits;
+  const int warp = cutlass::canonical_warp_idx_sync(), lane = threadIdx.x & 31;
+  const unsigned rank = blockIdx.x % kSplits, cluster = blockIdx.x / kSplits;
   const int outputs = p.swiglu ? Shape::kRows / 2 : Shape::kRows;  // of the cluster
-  const int first_output = static_cast<int>(blockIdx.x) / kSplits * outputs;
-  const int all_chunks = (p.K + kUnitColumns - 1) / kUnitColumns;
-  const int first_chunk = all_chunks * rank / kSplits;
-  const int chunks = all_chunks * (rank + 1) / kSplits - first_chunk;
+  const int first_output = static_cast<int>(cluster) * outputs;
+  const unsigned all_chunks = static_cast<unsigned>(p.K + kUnitColumns - 1) / kUnitColumns;
+  const int first_chunk = static_cast<int>(all_chunks * rank / kSplits);
+  const int chunks = static_cast<int>(all_chunks * (rank + 1) / kSplits) - first_chunk;
   const int first_column = first_chunk * kUnitColumns;
-  const int x_column = first_column + (p.groups == 1 ? 0 : first_output / (p.N / p.groups) * p.K);
+  int x_column = first_column;
+  if constexpr (kSharesUnits)
+    if (p.groups > 1) x_column += static_cast<int>(cluster / (static_cast<unsigned>(p.N) / p.groups / 64)) * p.K;
   char* const x_ring = sums + Shape::kSumsPlace;
   char* const ring = x_ring + plan.x_stages * Shape::kXBytes;
 
+  // Nothing is in the way of the first weights: one thread makes their barriers and asks for them, while others make the other
+  // barriers. Where the lanes of a warp make one each, that is a loop of 30 ns a barrier.
   if (warp == kBatchedWarps) {
-    if (lane < kMostStages) {
-      Barrier::init(full + lane, 1);
-      Barrier::init(empty + lane, 4);
-      Barrier::init(x_full + lane, 1);
-      Barrier::init(x_empty + lane, kSharesUnits ? 4 : kBatchedWarps);
-      if (lane == 0) Barrier::init(&received, 1);
-      cutlass::arch::fence_barrier_init();
-    }
-    __syncthreads();
-    if constexpr (kSplits > 1) {
-      if (lane == 0)  // sums of the other CTAs
-        TransactionBarrier::arrive_and_expect_tx(&received, Shape::kSumsBytes / kSplits * (kSplits - 1));
-      __syncwarp();
-      cute::cluster_arrive();
-    }
+    const int units = chunks * kUnits, first = min(units, plan.stages);
+    int unit = 0, chunk = 0, stage = 0, phase = 0, x_chunk = 0, x_stage = 0, x_phase = 0;
+    const auto row_of = [&](int unit) {
+      return first_output + 64 * unit + (p.swiglu && unit >= kUnits / 2 ? p.N - outputs : 0);
+    };
+    const auto copy_weight = [&] {
+      TransactionBarrier::arrive_and_expect_tx(full + stage, kUnitBytes);
+      cute::SM90_TMA_LOAD_2D::copy(&maps.weight, full + stage,
+                                   static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
+                                   ring + stage * kUnitBytes, first_column + chunk * kUnitColumns, row_of(unit));
+      if (++unit == kUnits) unit = 0, ++chunk;
+      if (++stage == plan.stages) stage = 0, phase ^= 1;
+    };
+    const auto copy_x = [&] {
+      TransactionBarrier::arrive_and_expect_tx(x_full + x_stage, Shape::kXBytes);
+      cute::SM90_TMA_LOAD_2D::copy(&maps.x, x_full + x_stage,
+                                   static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+                                   x_ring + x_stage * Shape::kXBytes, x_column + x_chunk * kUnitColumns, 0);
+      ++x_chunk;
+      if (++x_stage == plan.x_stages) x_stage = 0, x_phase ^= 1;
+    };
     if (lane == 0) {
-      // One thread copies.
-      const int units = chunks * kUnits;
-      int unit = 0, chunk = 0, stage = 0, phase = 0, x_chunk = 0, x_stage = 0, x_phase = 0;
-      const auto copy_weight = [&] {
-        const int row = first_output + 64 * unit + (p.swiglu && unit >= kUnits / 2 ? p.N - outputs : 0);
-        TransactionBarrier::arrive_and_expect_tx(full + stage, kUnitBytes);
-        cute::SM90_TMA_LOAD_2D::copy(&maps.weight, full + stage,
-                                     static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
-                                     ring + stage * kUnitBytes, first_column + chunk * kUnitColumns, row);
-        if (++unit == kUnits) unit = 0, ++chunk;
-        if (++stage == plan.stages) stage = 0, phase ^= 1;
-      };
-      const auto copy_x = [&] {
-        TransactionBarrier::arrive_and_expect_tx(x_full + x_stage, Shape::kXBytes);
-        cute::SM90_TMA_LOAD_2D::copy(&maps.x, x_full + x_stage,
-                                     static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-                                     x_ring + x_stage * Shape::kXBytes, x_column + x_chunk * kUnitColumns, 0);
-        ++x_chunk;
-        if (++x_stage == plan.x_stages) x_stage = 0, x_phase ^= 1;
-      };
-      const int first = min(units, plan.stages);
+#pragma unroll 1
+      for (int i = 0; i < first; ++i) Barrier::init(full + i, 1);
+      cutlass::arch::fence_barrier_init();
+      fence_async_proxy();
+#pragma unroll 1
       for (int i = 0; i < first; ++i) copy_weight();
+      if constexpr (kStreamsX) prefetch_map(&maps.x);
+#pragma unroll 1
+      for (int i = first; i < min(units, first + kUnitsAhead); ++i)
+        cute::SM90_TMA_LOAD_2D::PREFETCH::copy(&maps.weight, first_column + i / kUnits * kUnitColumns,
+                                               row_of(i % kUnits));
+    }
+    __syncwarp();
+    if constexpr (kSplits > 1) cute::cluster_arrive_relaxed();
+    __syncthreads();  // the barriers are there
+    if (lane == 0) {
       if constexpr (kStreamsX) {
         wait_for_previous_kernel();
+#pragma unroll 1
         for (int i = min(chunks, plan.x_stages); i > 0; --i) copy_x();
       }
+#pragma unroll 1
       for (int i = first; i < units; ++i) {
         if constexpr (kStreamsX) {
           if (x_chunk < chunks && x_chunk <= chunk) {
@@ -175,11 +184,30 @@ __global__ void __launch_bounds__(kBatchedThreads, 2)
     return;
   }
 
-  __syncthreads();  // the barriers are there
+  if (lane == 0) {
+#pragma unroll 1
+    for (int i = warp; i < plan.stages; i += kBatchedWarps) Barrier::init(empty + i, 4);
+    if constexpr (kStreamsX)
+#pragma unroll 1
+      for (int i = warp; i < plan.x_stages; i += kBatchedWarps) {
+        Barrier::init(x_full + i, 1);
+        Barrier::init(x_empty + i, kSharesUnits ? 4 : kBatchedWarps);
+      }
+    if (kSplits > 1 && warp == 0) {
+      Barrier::init(&received, 1);
+      // Sums of the other CTAs.
+      TransactionBarrier::arrive_and_expect_tx(&received, Shape::kSumsBytes / kSplits * (kSplits - 1));
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncwarp();
   if constexpr (kSplits > 1) cute::cluster_arrive_relaxed();
 
   // Four outputs of a token, and what they need besides, asked for early.
-  const int share = outputs / kSplits, four = share / 4, begin = first_output + rank * share, count = p.M * four;
+  const int share = p.swiglu ? Shape::kShare / 2 : Shape::kShare;  // of the outputs
+  const int log_fours = log2_of(Shape::kShare / 4) - (p.swiglu ? 1 : 0), fours = 1 << log_fours,
+            count = p.M << log_fours;
+  const int begin = first_output + static_cast<int>(rank) * share;
   const Element* const residuals = static_cast<const Element*>(p.residual);
   const Element* const next_weights = static_cast<const Element*>(p.next_norm_weight);
   const float* parts;
@@ -189,8 +217,8 @@ __global__ void __launch_bounds__(kBatchedThreads, 2)
   int m;
   bool is_there;
   const auto prepare = [&](int i, bool is_first) {
-    m = i < count ? i / four : 0;
-    const int at = i % four * 4, n = begin + at;
+    m = i < count ? i >> log_fours : 0;
+    const int at = 4 * (i & (fours - 1)), n = begin + at;
     is_there = i < count && n < p.N;
     parts = reinterpret_cast<const float*>(sums + at / Shape::kBlockRows * Shape::kBlockBytes) + m * Shape::kBlockRow +
             at % Shape::kBlockRows;
@@ -204,7 +232,7 @@ __global__ void __launch_bounds__(kBatchedThreads, 2)
     if (residuals != nullptr && is_there)
       residual = __ldcg(reinterpret_cast<const uint2*>(residuals + m * p.residual_stride + n));
   };
-  if constexpr (kSplits > 1) cute::cluster_wait();  // the barriers of the others are there, too
+  __syncthreads();  // the barriers are there
   prepare(static_cast<int>(threadIdx.x), true);
 
   if constexpr (!kStreamsX) {
@@ -283,22 +311,26 @@ __global__ void __launch_bounds__(kBatchedThreads, 2)
   }
   named_barrier(1, kBatchedConsumers);  // the factors are there, and nobody reads the ring any more
 
+  // The other CTAs' barriers are there, too. To wait for that earlier would be in the way of everything.
+  if constexpr (kSplits > 1) cute::cluster_wait();
+
   // Each block of sums goes to the CTA that has its outputs; to another one, by way of where the ring was.
-  const int blocks = p.swiglu ? Shape::kBlocks / 2 : Shape::kBlocks;  // of each kind
+  const int log_blocks = log2_of(Shape::kBlocks) - (p.swiglu ? 1 : 0), blocks = 1 << log_blocks;  // of each kind
 #pragma unroll
   for (int i = 0; i < Shape::kOwnUnits; ++i) {
     const int unit = kSharesUnits ? 0 : i * kBatchedWarpgroups + warpgroup;
     const bool is_up = p.swiglu && unit >= kUnits / 2;
-    const int index = 4 * (is_up ? unit - kUnits / 2 : unit) + warp % 4, owner = index / blocks;
-    const int place = index - owner * blocks + (is_up ? blocks : 0);
+    const int index = 4 * (is_up ? unit - kUnits / 2 : unit) + warp % 4, owner = index >> log_blocks;
+    const int place = (index & (blocks - 1)) + (is_up ? blocks : 0);
     const int part = kSharesUnits ? rank * kBatchedWarpgroups + warpgroup : rank;
     char* const to = sums + (part * Shape::kBlocks + place) * Shape::kBlockBytes;
-    char* const from = kSplits == 1 || owner == rank ? to : ring + (warp + i * kBatchedWarps) * Shape::kBlockBytes;
+    char* const from =
+        kSplits == 1 || owner == static_cast<int>(rank) ? to : ring + (warp + i * kBatchedWarps) * Shape::kBlockBytes;
     float* const own = reinterpret_cast<float*>(from) + lane / 4;
 #pragma unroll
     for (int j = 0; j < kTokens / 2; ++j)
       own[(8 * (j / 4) + 2 * (lane % 4) + j % 2) * Shape::kBlockRow + 8 * (j / 2 % 2)] = acc[i][j];
-    if (kSplits > 1 && owner != rank) {
+    if (kSplits > 1 && owner != static_cast<int>(rank)) {
       fence_async_proxy();
       __syncwarp();
       if (lane == 0)
@@ -343,7 +375,7 @@ __global__ void __launch_bounds__(kBatchedThreads, 2)
       if (is_there)
         *reinterpret_cast<uint2*>(next_x) = {pack<Element>(a.x * c.x, a.y * c.y), pack<Element>(b.x * d.x, b.y * d.y)};
       float square = is_there ? fmaf(a.x, a.x, a.y * a.y) + fmaf(b.x, b.x, b.y * b.y) : 0.0f;
-      for (int other = four / 2; other > 0; other /= 2) square += __shfl_xor_sync(0xffffffffu, square, other);
+      for (int other = fours / 2; other > 0; other /= 2) square += __shfl_xor_sync(0xffffffffu, square, other);
       if (next_square != nullptr) {
         *next_square = square;
         if (blockIdx.x + 1 == gridDim.x)  // nobody has the parts behind
