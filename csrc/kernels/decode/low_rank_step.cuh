@@ -45,7 +45,8 @@ struct LowRankSmem {
   alignas(128) char gate_weight[kWidth * 2 * K];  // every other row has the halves of each 128 bytes swapped
   Token<K> token;
   float values[kWidth], outputs[kWidth], gates[kWidth];
-  float squares[kSplits];  // of the outputs of each CTA
+  float squares[kSplits];        // of the outputs of each CTA
+  alignas(8) uint64_t received;  // a barrier: these are here
   typename Slice<K, kWidth, kLowRankThreads, false, State, false>::Exchange exchange;
 };
 
@@ -115,6 +116,14 @@ __device__ __forceinline__ float product(const InputPieces<K>& x, int lane, cons
   return rounded<Element>(lane % 2 == 0 ? even[0] + odd[0] : even[2] + odd[2]);
 }
 
+// A word for the shared memory of another CTA of the cluster, whose barrier is told. Addresses are the cluster's. To meet at the
+// cluster's barrier instead would wait for all that was written to global memory before, which are states.
+__device__ __forceinline__ void send(uint32_t to, float x, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(x),
+               "r"(barrier)
+               : "memory");
+}
+
 template <class Element, int K, int V, int kSplits, class State>
 __global__ void __launch_bounds__(kLowRankThreads, kLowRankCtas) low_rank_step(const __grid_constant__ LowRankCall p) {
   constexpr int kThreads = kLowRankThreads, kWarps = kThreads / 32, kWidth = V / kSplits;
@@ -163,7 +172,14 @@ __global__ void __launch_bounds__(kLowRankThreads, kLowRankCtas) low_rank_step(c
   const Bits<Element> dt_bias(p.dt_bias, head * K + row), A_log(p.A_log, head);
   const Bits<Element> norm_weight(p.norm_weight, first + thread % kWidth);
 
-  if constexpr (kSplits > 1) cute::cluster_arrive_relaxed();
+  if constexpr (kSplits > 1) {
+    if (thread == 0) {
+      Barrier::init(&smem.received, 1);
+      TransactionBarrier::arrive_and_expect_tx(&smem.received, sizeof(smem.squares));
+      cutlass::arch::fence_barrier_init();
+    }
+    cute::cluster_arrive_relaxed();
+  }
   OwnSlice state(smem.exchange, V, first, thread);
   wait_for_previous_kernel();
 
@@ -208,17 +224,13 @@ __global__ void __launch_bounds__(kLowRankThreads, kLowRankCtas) low_rank_step(c
       if (kSplits == 1) {
         if (lane == 0) smem.squares[0] = squares;
       } else if (lane < kSplits) {
-        asm volatile(
-            "st.shared::cluster.f32 [%0], %1;" ::"r"(cute::set_block_rank(smem_address(&smem.squares[rank]), lane)),
-            "f"(squares)
-            : "memory");
+        send(cute::set_block_rank(smem_address(&smem.squares[rank]), lane), squares,
+             cute::set_block_rank(smem_address(&smem.received), lane));
       }
-      __syncwarp();
     }
-    if constexpr (kSplits > 1) cute::cluster_arrive();
   });
   if constexpr (kSplits > 1) {
-    cute::cluster_wait();
+    Barrier::wait(&smem.received, 0);
   } else {
     __syncthreads();
   }
