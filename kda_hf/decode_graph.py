@@ -89,9 +89,10 @@ class DecodeBuffers:
         like = program.embedding
         with torch.inference_mode(False):
             self.tokens = like.new_zeros(batch, dtype=torch.long)
-            self.length = like.new_zeros(1, dtype=torch.long)  # of what came before: where the next key goes
+            self._counts = like.new_zeros(1 + batch, dtype=torch.long)
+            self.length = self._counts[:1]  # of what came before: where the next key goes
             self.starts = like.new_zeros(batch, dtype=torch.long)  # of each row, behind its padding
-            self.positions = like.new_zeros(batch, 1, dtype=torch.long)
+            self.positions = self._counts[1:].unsqueeze(1)
             self.states = {
                 kda.layer_idx: tuple(torch.zeros_like(state) for state in _states(cache, kda.layer_idx))
                 for kda in program.kda_layers
@@ -111,6 +112,10 @@ class DecodeBuffers:
         """Of states, keys and values."""
         tensors = itertools.chain(*self.states.values(), *self.keys.values())
         return sum(tensor.nbytes for tensor in tensors)
+
+    def advance(self) -> None:
+        """A token further. What a step ends with: behind this small kernel, weights do not come early."""
+        self._counts += 1
 
     def load(self, cache: KDACache, starts: torch.Tensor | None, positions: torch.Tensor | None) -> None:
         """

@@ -484,6 +484,6 @@ class DecodeProgram(Program):
             else:
                 x = mixer.step(x, position_embeddings, buffers)
             x = mlp(x)
-        buffers.length += 1
-        buffers.positions += 1
-        return self.by.product(x, self.head, self.norm)
+        logits = self.by.product(x, self.head, self.norm)
+        buffers.advance()
+        return logits

@@ -144,8 +144,7 @@ class ModuleProgram(Program):
                 return_dict=True,
                 **{CACHE_NAME: cache},
             ).logits
-        buffers.length += 1
-        buffers.positions += 1
+        buffers.advance()
         return logits[:, -1]
 
     @contextlib.contextmanager

@@ -116,6 +116,7 @@ def made(kind: Any, config: Any, args: argparse.Namespace) -> Any:
     with torch.device(device):
         model = kind(config).to(getattr(torch, args.dtype)).eval()
     model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    release()  # so that what making it takes is not in a peak
     return model
 
 
