@@ -145,19 +145,16 @@ class ChoiceGraph:
 
     def __init__(self, choice: Choice, logits: torch.Tensor):
         with torch.inference_mode(False):
-            self.logits = logits.new_zeros(logits.shape)
+            self.logits = logits.new_zeros(logits.shape, dtype=torch.float32)
             self.unfinished = logits.new_ones(len(logits), dtype=torch.bool)
             self.pad = None if choice.pad is None else choice.pad.clone()
             self.eos = None if choice.eos is None else choice.eos.clone()
         # What a graph takes of intermediate results: scores, probabilities, and their sorted values and places.
-        self.nbytes = 8 * 4 * self.logits.numel()
+        self.nbytes = 8 * self.logits.nbytes
         own = Choice(choice.processors, choice.do_sample, self.pad, self.eos)
 
         def choose() -> torch.Tensor:
-            scores = self.logits
-            if own.processors or own.do_sample:  # the largest one is the same before
-                scores = own.scores(None, scores.to(torch.float32))
-            tokens, unfinished = own.tokens(scores, self.unfinished)
+            tokens, unfinished = own.tokens(own.scores(None, self.logits), self.unfinished)
             self.unfinished.copy_(unfinished)
             return tokens
 
@@ -170,7 +167,7 @@ class ChoiceGraph:
             return None
         parameters = tuple((type(process), *sorted(vars(process).items())) for process in choice.processors)
         ends = None if choice.eos is None else len(choice.eos)
-        return logits.shape, logits.dtype, logits.device, choice.do_sample, choice.pad is None, ends, parameters
+        return logits.shape, logits.device, choice.do_sample, choice.pad is None, ends, parameters
 
     def start(self, choice: Choice) -> None:
         """For a new call."""
