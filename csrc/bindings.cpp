@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <climits>
@@ -20,6 +21,7 @@
 #include <string>
 
 #include "api/attention.h"
+#include "api/choose.h"
 #include "api/conv.h"
 #include "api/decode.h"
 #include "api/linear.h"
@@ -842,6 +844,47 @@ int64_t attention_step_workspace_bytes(int64_t B, int64_t H, int64_t KVH, int64_
       kda::attention_step_workspace_bytes(params.B, params.H, params.KVH, params.D, params.capacity));
 }
 
+void choose_tokens(Tensor logits, MaybeTensor noise, double temperature, int64_t top_k, double top_p, double min_p,
+                   MaybeTensor pad, MaybeTensor eos, Tensor unfinished, Tensor tokens) {
+  require(logits.dim() == 2 && logits.size(1) > 0, "`logits` must have shape [B, V]");
+  const int64_t B = logits.size(0), V = logits.size(1);
+  require(logits.stride(1) == 1, "`logits` must have contiguous rows");
+  require(!noise || (has_shape(*noise, {B, V}) && noise->is_contiguous() && noise->scalar_type() == ScalarType::Float),
+          "`noise` must be float32 of shape [B, V], contiguous");
+  require(temperature > 0 && top_k > 0 && top_p >= 0 && min_p >= 0 && min_p <= 1,
+          "`temperature` and `top_k` must be above 0, `top_p` at least 0, and `min_p` between 0 and 1");
+  require(!pad || (pad->numel() == 1 && pad->scalar_type() == ScalarType::Long), "`pad` must be one int64");
+  require(!eos || (eos->dim() == 1 && eos->is_contiguous() && eos->scalar_type() == ScalarType::Long),
+          "`eos` must be int64 of shape [E], contiguous");
+  require(has_shape(unfinished, {B}) && unfinished.is_contiguous() && unfinished.scalar_type() == ScalarType::Bool,
+          "`unfinished` must be bool of shape [B], contiguous");
+  require(has_shape(tokens, {B}) && tokens.is_contiguous() && tokens.scalar_type() == ScalarType::Long,
+          "`tokens` must be int64 of shape [B], contiguous");
+  const int32_t device = logits.get_device_index();
+  for (const Tensor* x :
+       {&logits, &unfinished, &tokens, noise ? &*noise : &logits, pad ? &*pad : &logits, eos ? &*eos : &logits})
+    require(x->is_cuda() && x->get_device_index() == device, "the tensors must be on one CUDA device");
+  require(device_info(device).capability == 90, "the device is not of compute capability 9.0");
+
+  kda::ChooseParams params{};
+  params.B = as_int(B, "logits"), params.V = as_int(V, "logits");
+  params.dtype = dtype_of(logits.scalar_type(), "logits");
+  params.logits = logits.const_data_ptr(), params.logits_stride = row_stride(logits);
+  params.noise = noise ? static_cast<const float*>(noise->const_data_ptr()) : nullptr;
+  params.inverse_temperature = static_cast<float>(1 / temperature);
+  params.top_k = static_cast<int>(std::min(top_k, V)), params.top_p = top_p;
+  params.min_p = static_cast<float>(min_p);
+  params.pad = pad ? static_cast<const int64_t*>(pad->const_data_ptr()) : nullptr;
+  if (eos)
+    params.eos = static_cast<const int64_t*>(eos->const_data_ptr()), params.eos_count = as_int(eos->numel(), "eos");
+  params.unfinished = static_cast<bool*>(unfinished.mutable_data_ptr());
+  params.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
+  if (const char* reason = kda::choose_refusal(params)) refuse(reason);
+  if (B == 0) return;
+  const Place place(device);
+  check_cuda(kda::choose_tokens(params, place.stream()), "choose_tokens");
+}
+
 // Why no call with these widths and dtypes could be served, or an empty string. Needs no device.
 template <class Params>
 std::string refusal(const char* (&of)(const Params&), int64_t K, int64_t V, ScalarType dtype, ScalarType state_dtype) {
@@ -905,6 +948,10 @@ STABLE_TORCH_LIBRARY(kda_hf_cuda, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()");
   m.def("gated_rms_norm(Tensor x, Tensor weight, Tensor gate, float eps, Tensor(a!) out) -> ()");
   m.def("swiglu(Tensor x, Tensor(a!) out) -> ()");
+  m.def(
+      "choose_tokens(Tensor logits, Tensor? noise, float temperature, int top_k, float top_p, float min_p, Tensor? "
+      "pad, "
+      "Tensor? eos, Tensor(a!) unfinished, Tensor(b!) tokens) -> ()");
   m.def("prefill_refusal(int K, int V, ScalarType dtype, ScalarType state_dtype) -> str");
   m.def("recurrent_refusal(int K, int V, ScalarType dtype, ScalarType state_dtype) -> str");
 }
@@ -919,6 +966,7 @@ STABLE_TORCH_LIBRARY_IMPL(kda_hf_cuda, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("gated_rms_norm", TORCH_BOX(&gated_rms_norm));
   m.impl("swiglu", TORCH_BOX(&swiglu));
+  m.impl("choose_tokens", TORCH_BOX(&choose_tokens));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kda_hf_cuda, CompositeExplicitAutograd, m) {

@@ -31,7 +31,6 @@ class Program:
     kda_layers: list[Any]  # with `layer_idx` and `replay`
     attention_layers: list[Any]  # with `layer_idx`
     graphs: "DecodeGraphs"
-    choices: "Idle"  # graphs that choose tokens
     may_not_capture = False  # whether `step` may do what no graph can
 
     @staticmethod

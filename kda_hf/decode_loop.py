@@ -24,8 +24,9 @@ from transformers.generation import (
 )
 
 from .cache import KDACache
-from .decode_graph import Idle, Program, capture, graph_stepper, has_graphs
+from .decode_graph import Program, graph_stepper
 from .decoding import current_program
+from .ops import rows
 
 
 # Arguments of a forward, beside the cache, that a step knows what to do with. A tokenizer, as calls with stop strings
@@ -136,51 +137,44 @@ class Choice:
         return tokens, unfinished
 
 
-# They look at scores alone, and never wait for the device.
-_OF_SCORES_ALONE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+# What the kernel does, in the order in which `generate()` has them.
+_IN_KERNEL = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 
 
-class ChoiceGraph:
-    """A choice as a CUDA graph: two dozen small kernels, each of which costs the host more than the GPU."""
+class KernelChoice:
+    """A choice by one kernel, and one more for the random numbers, which are those that `torch.multinomial` draws."""
 
     def __init__(self, choice: Choice, logits: torch.Tensor):
-        with torch.inference_mode(False):
-            self.logits = logits.new_zeros(logits.shape, dtype=torch.float32)
-            self.unfinished = logits.new_ones(len(logits), dtype=torch.bool)
-            self.pad = None if choice.pad is None else choice.pad.clone()
-            self.eos = None if choice.eos is None else choice.eos.clone()
-        # What a graph takes of intermediate results: scores, probabilities, and their sorted values and places.
-        self.nbytes = 8 * self.logits.nbytes
-        own = Choice(choice.processors, choice.do_sample, self.pad, self.eos)
-
-        def choose() -> torch.Tensor:
-            tokens, unfinished = own.tokens(own.scores(None, self.logits), self.unfinished)
-            self.unfinished.copy_(unfinished)
-            return tokens
-
-        self.graph, self.tokens = capture(choose, logits.device)
+        self.pad, self.eos = (None if x is None else x.long() for x in (choice.pad, choice.eos))
+        self.noise = logits.new_empty(logits.shape, dtype=torch.float32) if choice.do_sample else None
+        given = {name: value for process in choice.processors for name, value in vars(process).items()}
+        self.parameters = (
+            given.get("temperature", 1.0), given.get("top_k", logits.shape[-1]), given.get("top_p", 1.0),
+            given.get("min_p", 0.0),
+        )  # fmt: skip
 
     @staticmethod
-    def key(choice: Choice, logits: torch.Tensor) -> Any:
-        """What two choices that one graph can serve have in common; None where none can."""
-        if not has_graphs(logits.device) or any(type(process) not in _OF_SCORES_ALONE for process in choice.processors):
-            return None
-        parameters = tuple((type(process), *sorted(vars(process).items())) for process in choice.processors)
-        ends = None if choice.eos is None else len(choice.eos)
-        return logits.shape, logits.device, choice.do_sample, choice.pad is None, ends, parameters
+    def serves(choice: Choice, logits: torch.Tensor) -> bool:
+        """Whether the kernel makes this choice."""
+        if rows.choice_refusal(logits) is not None or (choice.processors and not choice.do_sample):
+            return False
+        kinds = [type(process) for process in choice.processors]
+        if kinds != [kind for kind in _IN_KERNEL if kind in kinds]:
+            return False
+        usual = {"filter_value": -math.inf, "min_tokens_to_keep": 1}
+        return all(
+            getattr(process, name, usual[name]) == usual[name] for process in choice.processors for name in usual
+        )
 
-    def start(self, choice: Choice) -> None:
-        """For a new call."""
-        self.unfinished.fill_(True)
-        for own, new in ((self.pad, choice.pad), (self.eos, choice.eos)):
-            if own is not None:
-                own.copy_(new)
-
-    def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens, and what the next call overwrites, the rows that have not finished."""
-        self.logits.copy_(logits)
-        self.graph.replay()
-        return self.tokens.clone(), self.unfinished
+    def __call__(self, logits: torch.Tensor, unfinished: torch.Tensor) -> torch.Tensor:
+        """Tokens `[B]`. Rows that finish with them are marked in `unfinished` `[B]`."""
+        tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+        if self.noise is not None:
+            self.noise.exponential_()
+        torch.ops.kda_hf_cuda.choose_tokens(
+            logits, self.noise, *self.parameters, self.pad, self.eos, unfinished, tokens
+        )
+        return tokens
 
 
 def serving_program(
@@ -231,7 +225,6 @@ def decode(
     generation_config: Any,
     streamer: Any = None,
     run_ahead: bool = False,
-    choices: Idle | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
     """
     Chooses tokens and feeds them to the model until a criterion says stop; the last one is not fed.
@@ -241,7 +234,6 @@ def decode(
         start: makes the stepper out of the first tokens and the number of steps that there can be.
         run_ahead: whether the next step starts before the host knows whether all rows have finished. Nothing else is
             ahead: processors, criteria, random numbers and streamers are asked for nothing that is dropped.
-        choices: graphs that choose tokens, and where to leave them; without, none does.
 
     Returns:
         The sequences; the processed scores and the raw logits of each token, where `generation_config` asks for them.
@@ -261,15 +253,11 @@ def decode(
     do_sample, returns = generation_config.do_sample, generation_config.return_dict_in_generate
     all_scores: tuple[torch.Tensor, ...] | None = () if returns and generation_config.output_scores else None
     all_logits: tuple[torch.Tensor, ...] | None = () if returns and generation_config.output_logits else None
-    choice, graph, key = Choice(processors, do_sample, pad, eos), None, None
-    if choices is not None and all_scores is None and all_logits is None and not others:
-        key = ChoiceGraph.key(choice, logits)
-    if choices is not None and key is not None:
-        graph = choices.take(key) or ChoiceGraph(choice, logits)
-        graph.start(choice)
+    choice = Choice(processors, do_sample, pad, eos)
+    in_kernel = KernelChoice(choice, logits) if all_scores is None and KernelChoice.serves(choice, logits) else None
     # Whoever gets logits may keep them or write to them.
     copies = bool(processors) or all_scores is not None or all_logits is not None
-    grows, reads = bool((processors and graph is None) or others), bool(ends or others)
+    grows, reads = bool((processors and in_kernel is None) or others), bool(ends or others)
     copied = torch.cuda.Event() if device.type == "cuda" and (reads or streamer is not None) else None
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=device)
     none_done = ~unfinished
@@ -279,15 +267,16 @@ def decode(
     stepper: Any = None
     try:
         while True:
-            if graph is not None:
-                tokens, unfinished = graph(logits)
-            else:
+            if in_kernel is None or all_logits is not None:
                 logits = logits.to(torch.float32, copy=copies)
+            if all_logits is not None:
+                all_logits += (logits,)
+            if in_kernel is not None:
+                tokens = in_kernel(logits, unfinished)
+            else:
                 scores = choice.scores(input_ids, logits)
                 if all_scores is not None:
                     all_scores += (scores,)
-                if all_logits is not None:
-                    all_logits += (logits,)
                 tokens, unfinished = choice.tokens(scores, unfinished)
                 del scores
 
@@ -328,8 +317,6 @@ def decode(
     finally:
         if stepper is not None:
             stepper.finish()
-        if choices is not None and graph is not None:
-            choices.give_back(key, graph, device)
 
     if streamer is not None:
         streamer.end()

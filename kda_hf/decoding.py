@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from .cache import KDACache
-from .decode_graph import DecodeBuffers, DecodeGraphs, Idle, Program, has_hooks, rope_refusal
+from .decode_graph import DecodeBuffers, DecodeGraphs, Program, has_hooks, rope_refusal
 from .ops import cpu, cpu_rows, kda_decode_step, recurrent, rows
 
 
@@ -370,7 +370,7 @@ class DecodeProgram(Program):
     """The forward of a `KDAForCausalLM` for one token a row, as long as its modules and parameters stay what they are.
 
     Their values may change: weights that share an input become views of one tensor, and are read there. It keeps no
-    reference to the model, and graphs of its steps and of choices of tokens in `graphs` and `choices`.
+    reference to the model, and graphs of its steps in `graphs`.
     """
 
     refusal = staticmethod(refusal)
@@ -402,7 +402,7 @@ class DecodeProgram(Program):
             block.next_norm = norm
         self.kda_layers = [mixer for mixer, _ in self.layers if isinstance(mixer, _KDA)]
         self.attention_layers = [mixer for mixer, _ in self.layers if isinstance(mixer, _Attention)]
-        self.graphs, self.choices = DecodeGraphs(self), Idle(most=8)
+        self.graphs = DecodeGraphs(self)
 
     @staticmethod
     def signature_of(model: nn.Module) -> Any:

@@ -112,7 +112,6 @@ class KDAGenerationMixin(GenerationMixin):
             generation_config,
             streamer,
             run_ahead=decode_loop.may_run_ahead(input_ids.device, keeps_cache),
-            choices=program.choices,
         )
         if not generation_config.return_dict_in_generate:
             return sequences

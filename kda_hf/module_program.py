@@ -9,7 +9,7 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 from .cache import KDACache, KDACacheLayer
-from .decode_graph import DecodeBuffers, DecodeGraphs, Idle, Program, has_hooks, rope_refusal
+from .decode_graph import DecodeBuffers, DecodeGraphs, Program, has_hooks, rope_refusal
 from .generation import CACHE_NAME
 from .layer import KDALayer
 
@@ -61,7 +61,7 @@ class ModuleProgram(Program):
     The forward of a model whose modules are not ours, for one token a row after others: its own forward, with a cache
     at fixed places, which a CUDA graph can capture.
 
-    It keeps graphs of its steps and of choices of tokens in `graphs` and `choices`.
+    It keeps graphs of its steps in `graphs`.
     """
 
     may_not_capture = True  # a module may do what no graph can
@@ -74,7 +74,7 @@ class ModuleProgram(Program):
         kinds = enumerate(self.config.layer_types)
         self.attention_layers = [_AttentionLayer(i) for i, kind in kinds if kind != "linear_attention"]
         self.rotary_emb = getattr(model.get_decoder(), "rotary_emb", None)
-        self.graphs, self.choices = DecodeGraphs(self), Idle(most=8)
+        self.graphs = DecodeGraphs(self)
 
     @staticmethod
     def refusal(model: Any) -> str | None:

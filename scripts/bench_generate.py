@@ -247,9 +247,12 @@ def measure(args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
     for batch in args.batches:
         add("greedy", model, batch, args.prompt)
     add("greedy, end of text", model, args.batches[0], args.prompt, eos_token_id=args.vocab + 1)
-    add("sampled", model, args.batches[0], args.prompt, do_sample=True, top_k=0)
-    add("sampled, top k and p", model, args.batches[0], args.prompt, do_sample=True, top_p=0.9, temperature=0.8)
-    for batch in sorted({1, max((batch for batch in args.batches if batch <= 32), default=1)}):
+    some = sorted({1, max((batch for batch in args.batches if batch <= 32), default=1)})
+    for batch in some:
+        add("sampled", model, batch, args.prompt, do_sample=True)  # of the 50 best, by default
+        add("sampled, top k and p", model, batch, args.prompt, do_sample=True, top_p=0.9, temperature=0.8)
+    add("sampled from all", model, args.batches[0], args.prompt, do_sample=True, top_k=0)
+    for batch in some:
         add("greedy, cache with a history", model, batch, args.prompt, keeps_history=True)
     for context in args.contexts:
         add("greedy, longer", model, 1, context)

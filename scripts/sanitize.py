@@ -1,7 +1,7 @@
 """One call of the kernels for each instance and each kind of sequence, small: scripts/sanitize.sh runs it.
 
 The first argument names compute-sanitizer's tool, since racecheck can't follow two of the calls. Others choose parts of
-the calls: rows, conv, decode, prefill."""
+the calls: rows, choose, conv, decode, prefill."""
 
 import itertools
 import sys
@@ -224,6 +224,22 @@ def run_attention(dtype: torch.dtype, H: int, KVH: int, D: int, lengths: tuple[i
         assert out.cpu().isfinite().all()
 
 
+def run_choice(dtype: torch.dtype, V: int, top_k: int, top_p: float, draws: bool) -> None:
+    """Of logits of which many are equal, so that a cut goes between equals."""
+    logits = (torch.randn(3, V) * 2).round().to(dtype).cuda()
+    noise = torch.empty(3, V).exponential_().cuda() if draws else None
+    pad, eos = torch.tensor(1).cuda(), torch.tensor([0, 2]).cuda()
+    unfinished, tokens = torch.tensor([True, False, True]).cuda(), torch.empty(3, dtype=torch.long).cuda()
+    torch.ops.kda_hf_cuda.choose_tokens(logits, noise, 0.7, top_k, top_p, 0.01, pad, eos, unfinished, tokens)
+    assert tokens.cpu().lt(V).all() and tokens.cpu().ge(0).all() and unfinished.cpu().numel() == 3
+
+
+def choose() -> None:
+    for dtype, V in itertools.product((*DTYPES, torch.float32), (5, 97, 5001)):
+        for top_k, top_p, draws in ((V, 1.0, False), (V, 1.0, True), (50, 1.0, True), (V, 0.8, True), (50, 0.9, True)):
+            run_choice(dtype, V, top_k, top_p, draws)
+
+
 def rows(tool: str) -> None:
     shapes = [(64, 128), (33, 264), (40, 1024)]
     # racecheck takes minutes for a product of many CTAs, and does not come to an end where a CTA of a cluster has
@@ -280,7 +296,8 @@ def prefill(tool: str) -> None:
 def main() -> None:
     tool, *chosen = sys.argv[1:] or [""]
     torch.manual_seed(0)
-    parts = {"rows": lambda: rows(tool), "conv": conv, "decode": decode, "prefill": lambda: prefill(tool)}
+    parts = {"rows": lambda: rows(tool), "choose": choose, "conv": conv, "decode": decode}
+    parts["prefill"] = lambda: prefill(tool)
     for name, part in parts.items():
         if not chosen or name in chosen:
             print(name, flush=True)

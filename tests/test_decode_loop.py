@@ -13,7 +13,11 @@ from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
     MaxLengthCriteria,
+    MinPLogitsWarper,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
     stopping_criteria,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -21,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from kda_hf import KDACache, decode_graph, decode_loop, decoding
 from kda_hf.decoding import DecodeProgram
 from kda_hf.generation import CACHE_NAME, KDAGenerationMixin
+from kda_hf.ops import rows
 
 
 NEW = 14
@@ -508,67 +513,76 @@ def test_it_may_run_ahead_where_nobody_sees_the_cache(model, returned, given, mo
     assert not own(torch.device("cpu"), keeps_cache)
 
 
-class Recorded:
-    """In place of a CUDA graph, where there is none: the same calls, and a result in the same place."""
-
-    def __init__(self, call):
-        self.call, self.result = call, call().clone()
-
-    def replay(self):
-        self.result.copy_(self.call())
-
-
 @pytest.fixture
-def choices(monkeypatch, device, model):
-    """Choices go by graphs, which these are."""
-    idle = decoding.program_of(model).choices
-    idle.most = 3
-    if device.type == "cpu":
+def in_kernel(monkeypatch):
+    """The parameters of the choices that the kernel has made."""
+    calls, own = [], decode_loop.KernelChoice.__call__
 
-        def capture(call, device):
-            state = torch.get_rng_state()
-            graph = Recorded(call)
-            torch.set_rng_state(state)
-            return graph, graph.result
+    def counted(self, *args):
+        calls.append(self.parameters)
+        return own(self, *args)
 
-        monkeypatch.setattr(decode_loop, "capture", capture)
-        monkeypatch.setattr(decode_loop, "has_graphs", lambda device: True)
-        monkeypatch.setattr(decode_graph, "_memory_of", lambda device: 2**34)
-    return idle
+    monkeypatch.setattr(decode_loop.KernelChoice, "__call__", counted)
+    return calls
 
 
-SCORES_ALONE = [
-    {},
-    SAMPLED,
-    {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.01},
-    {"do_sample": True, "top_k": 0, "eos_token_id": list(range(3, 40)), "pad_token_id": 1},
-    {"eos_token_id": 7, "pad_token_id": 2},
-]
-
-
-@pytest.mark.parametrize("options", SCORES_ALONE)
-def test_choices_as_graphs(model, options, choices, served):
-    """Twice, since the second call finds the graph of the first, and with other tokens at the end."""
-    for change in ({}, {}, {"eos_token_id": [*range(50, 87)]} if "eos_token_id" in options else {}):
-        assert_same_results(model, prompt(model), options | change, served)
-    assert len(choices) == (2 if options.get("eos_token_id") == 7 else 1)
+FILTERS = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.01}
 
 
 @pytest.mark.parametrize(
-    "options", [{"repetition_penalty": 1.2}, {"min_new_tokens": 5, "eos_token_id": 7, "pad_token_id": 2}, ALL]
+    "options, parameters",
+    [
+        ({}, (1.0, 97, 1.0, 0.0)),
+        (SAMPLED, (1.0, 97, 1.0, 0.0)),
+        ({"do_sample": True}, (1.0, 50, 1.0, 0.0)),
+        ({"do_sample": True, **FILTERS}, tuple(FILTERS.values())),
+        ({"do_sample": True, "top_k": 0, "eos_token_id": list(range(3, 40)), "pad_token_id": 1}, (1.0, 97, 1.0, 0.0)),
+        ({"eos_token_id": 7, "pad_token_id": 2}, (1.0, 97, 1.0, 0.0)),
+        ({"do_sample": True, "return_dict_in_generate": True, "output_logits": True}, (1.0, 50, 1.0, 0.0)),
+        ({"stopping_criteria": "Watching"}, (1.0, 97, 1.0, 0.0)),
+    ],
 )
-def test_choices_that_are_no_graphs(model, options, choices, served):
+def test_choices_in_a_kernel(model, options, parameters, in_kernel, served):
+    if "stopping_criteria" in options:
+        options = {"stopping_criteria": StoppingCriteriaList([Watching(stop_at=12)])}
     assert_same_results(model, prompt(model), options, served)
-    assert not len(choices)
+    has_kernel = rows.choice_refusal(torch.zeros(1, 97, device=model.device)) is None
+    assert set(in_kernel) == ({parameters} if has_kernel else set())
 
 
-def test_choices_are_bounded(model, choices):
-    for batch in range(1, 7):
-        model.generate(prompt(model, batch))
-    assert len(choices) == 3
-    choices.PART_OF_MEMORY = 0
-    model.generate(prompt(model))
-    assert not len(choices)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.2},
+        {"min_new_tokens": 5, "eos_token_id": 7, "pad_token_id": 2},
+        {"do_sample": True, "typical_p": 0.5},
+        ALL,
+    ],
+)
+def test_choices_that_no_kernel_makes(model, options, in_kernel, served):
+    assert_same_results(model, prompt(model), options, served)
+    assert not in_kernel
+
+
+@pytest.mark.parametrize(
+    "processors, do_sample, serves",
+    [
+        ([], False, True),
+        ([TemperatureLogitsWarper(0.5), TopPLogitsWarper(0.5), MinPLogitsWarper(0.1)], True, True),
+        ([TemperatureLogitsWarper(0.5)], False, False),
+        ([TopPLogitsWarper(0.5), TopKLogitsWarper(5)], True, False),
+        ([TopKLogitsWarper(5), TopKLogitsWarper(5)], True, False),
+        ([TopKLogitsWarper(5, filter_value=-1e4)], True, False),
+        ([TopPLogitsWarper(0.5, min_tokens_to_keep=2)], True, False),
+        ([Watching()], True, False),
+    ],
+)
+def test_which_choices_are_for_a_kernel(monkeypatch, processors, do_sample, serves):
+    choice = decode_loop.Choice(processors, do_sample, None, None)
+    logits = torch.zeros(2, 97)
+    assert not decode_loop.KernelChoice.serves(choice, logits)  # on a CPU
+    monkeypatch.setattr(rows, "choice_refusal", lambda _: None)
+    assert decode_loop.KernelChoice.serves(choice, logits) is serves
 
 
 class Constant:

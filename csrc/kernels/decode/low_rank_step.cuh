@@ -175,7 +175,6 @@ __global__ void __launch_bounds__(kLowRankThreads, kLowRankCtas) low_rank_step(c
   if constexpr (kSplits > 1) {
     if (thread == 0) {
       Barrier::init(&smem.received, 1);
-      TransactionBarrier::arrive_and_expect_tx(&smem.received, sizeof(smem.squares));
       cutlass::arch::fence_barrier_init();
     }
     cute::cluster_arrive_relaxed();
@@ -211,7 +210,10 @@ __global__ void __launch_bounds__(kLowRankThreads, kLowRankCtas) low_rank_step(c
   wait_for_copies<0>();
   if (!OwnSlice::kOwnCopies) __syncthreads();
   // All CTAs of the cluster have begun, and their shared memory is there. Not before: to wait for a cluster drops what L1 has.
-  if constexpr (kSplits > 1) cute::cluster_wait();
+  if constexpr (kSplits > 1) {
+    if (thread == 0) TransactionBarrier::arrive_and_expect_tx(&smem.received, sizeof(smem.squares));
+    cute::cluster_wait();
+  }
 
   const auto output = [&](int channel, float o) { smem.outputs[channel] = rounded<Element>(o); };
   state.step_once(smem.token, smem.values, smem.state, p.recurrent_state, matrix, output, [&] {
