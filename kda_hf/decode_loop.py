@@ -137,43 +137,52 @@ class Choice:
         return tokens, unfinished
 
 
-# What the kernel does, in the order in which `generate()` has them.
+# What the kernel does, in the order in which `generate()` has them: behind all others but a few.
 _IN_KERNEL = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 
 
 class KernelChoice:
-    """A choice by one kernel, and one more for the random numbers, which are those that `torch.multinomial` draws."""
+    """
+    A choice by one kernel, and one more for the random numbers, which are those that `torch.multinomial` draws.
 
-    def __init__(self, choice: Choice, logits: torch.Tensor):
+    Args:
+        before: the processors that are called before it, as ever.
+        filters: those in the kernel.
+    """
+
+    def __init__(self, choice: Choice, before: list[Any], filters: list[Any]):
+        self.before, self.do_sample = before, choice.do_sample
         self.pad, self.eos = (None if x is None else x.long() for x in (choice.pad, choice.eos))
-        self.noise = logits.new_empty(logits.shape, dtype=torch.float32) if choice.do_sample else None
-        given = {name: value for process in choice.processors for name, value in vars(process).items()}
-        self.parameters = (
-            given.get("temperature", 1.0), given.get("top_k", logits.shape[-1]), given.get("top_p", 1.0),
-            given.get("min_p", 0.0),
-        )  # fmt: skip
+        given = {name: value for process in filters for name, value in vars(process).items()}
+        usual = {"temperature": 1.0, "top_k": rows.MOST_CHOICES, "top_p": 1.0, "min_p": 0.0}
+        self.parameters = tuple(given.get(name, value) for name, value in usual.items())
 
-    @staticmethod
-    def serves(choice: Choice, logits: torch.Tensor) -> bool:
-        """Whether the kernel makes this choice."""
-        if rows.choice_refusal(logits) is not None or (choice.processors and not choice.do_sample):
-            return False
+    @classmethod
+    def of(cls, choice: Choice, logits: torch.Tensor) -> "KernelChoice | None":
+        """None where no kernel makes this choice."""
         kinds = [type(process) for process in choice.processors]
-        if kinds != [kind for kind in _IN_KERNEL if kind in kinds]:
-            return False
+        first = next((i for i, kind in enumerate(kinds) if kind in _IN_KERNEL), len(kinds))
+        before, filters = choice.processors[:first], choice.processors[first:]
+        if kinds[first:] != [kind for kind in _IN_KERNEL if kind in kinds] or (filters and not choice.do_sample):
+            return None
         usual = {"filter_value": -math.inf, "min_tokens_to_keep": 1}
-        return all(
-            getattr(process, name, usual[name]) == usual[name] for process in choice.processors for name in usual
-        )
+        if any(value != usual.get(name, value) for process in filters for name, value in vars(process).items()):
+            return None
+        return cls(choice, before, filters) if rows.choice_refusal(logits) is None else None
 
-    def __call__(self, logits: torch.Tensor, unfinished: torch.Tensor) -> torch.Tensor:
-        """Tokens `[B]`. Rows that finish with them are marked in `unfinished` `[B]`."""
+    def __call__(self, input_ids: torch.Tensor, logits: torch.Tensor, unfinished: torch.Tensor) -> torch.Tensor:
+        """Tokens `[B]`. Rows that finish with them are marked in `unfinished` `[B]`.
+
+        Args:
+            input_ids: for the processors before. These get `logits` to write to, in fp32.
+        """
+        for process in self.before:
+            logits = process(input_ids, logits)
+        if self.before:
+            logits = logits.float().contiguous()
+        noise = logits.new_empty(logits.shape, dtype=torch.float32).exponential_() if self.do_sample else None
         tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-        if self.noise is not None:
-            self.noise.exponential_()
-        torch.ops.kda_hf_cuda.choose_tokens(
-            logits, self.noise, *self.parameters, self.pad, self.eos, unfinished, tokens
-        )
+        torch.ops.kda_hf_cuda.choose_tokens(logits, noise, *self.parameters, self.pad, self.eos, unfinished, tokens)
         return tokens
 
 
@@ -254,10 +263,11 @@ def decode(
     all_scores: tuple[torch.Tensor, ...] | None = () if returns and generation_config.output_scores else None
     all_logits: tuple[torch.Tensor, ...] | None = () if returns and generation_config.output_logits else None
     choice = Choice(processors, do_sample, pad, eos)
-    in_kernel = KernelChoice(choice, logits) if all_scores is None and KernelChoice.serves(choice, logits) else None
+    in_kernel = KernelChoice.of(choice, logits) if all_scores is None else None
+    called = processors if in_kernel is None else in_kernel.before
     # Whoever gets logits may keep them or write to them.
-    copies = bool(processors) or all_scores is not None or all_logits is not None
-    grows, reads = bool((processors and in_kernel is None) or others), bool(ends or others)
+    copies = bool(called) or all_scores is not None or all_logits is not None
+    grows, reads = bool(called or others), bool(ends or others)
     copied = torch.cuda.Event() if device.type == "cuda" and (reads or streamer is not None) else None
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=device)
     none_done = ~unfinished
@@ -267,12 +277,12 @@ def decode(
     stepper: Any = None
     try:
         while True:
-            if in_kernel is None or all_logits is not None:
+            if copies or in_kernel is None:
                 logits = logits.to(torch.float32, copy=copies)
             if all_logits is not None:
                 all_logits += (logits,)
             if in_kernel is not None:
-                tokens = in_kernel(logits, unfinished)
+                tokens = in_kernel(input_ids, logits, unfinished)
             else:
                 scores = choice.scores(input_ids, logits)
                 if all_scores is not None:

@@ -172,15 +172,14 @@ def test_a_graph_can_capture_it():
 def test_the_generator():
     """`KernelChoice` draws what `Choice` draws, and leaves the generator where that leaves it."""
     choice = decode_loop.Choice(list(processors(temperature=0.9, top_k=40, top_p=0.9)), True, None, None)
-    logits = torch.randn(4, 5000, device=DEVICE)
-    assert decode_loop.KernelChoice.serves(choice, logits)
-    results = []
+    logits, results = torch.randn(4, 5000, device=DEVICE), []
+    own = decode_loop.KernelChoice.of(choice, logits)
     for in_kernel in (True, False):
         torch.manual_seed(5)
         unfinished = torch.ones(4, dtype=torch.bool, device=DEVICE)
-        own = decode_loop.KernelChoice(choice, logits)
-        tokens = [own(logits, unfinished) if in_kernel else choice.tokens(choice.scores(None, logits), unfinished)[0]]
-        results.append([*tokens, torch.cuda.get_rng_state()])
+        scores = None if in_kernel else choice.scores(None, logits)
+        tokens = own(None, logits, unfinished) if in_kernel else choice.tokens(scores, unfinished)[0]
+        results.append((tokens, torch.cuda.get_rng_state()))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 

@@ -532,14 +532,21 @@ FILTERS = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.01}
 @pytest.mark.parametrize(
     "options, parameters",
     [
-        ({}, (1.0, 97, 1.0, 0.0)),
-        (SAMPLED, (1.0, 97, 1.0, 0.0)),
+        ({}, (1.0, 2**18, 1.0, 0.0)),
+        (SAMPLED, (1.0, 2**18, 1.0, 0.0)),
         ({"do_sample": True}, (1.0, 50, 1.0, 0.0)),
         ({"do_sample": True, **FILTERS}, tuple(FILTERS.values())),
-        ({"do_sample": True, "top_k": 0, "eos_token_id": list(range(3, 40)), "pad_token_id": 1}, (1.0, 97, 1.0, 0.0)),
-        ({"eos_token_id": 7, "pad_token_id": 2}, (1.0, 97, 1.0, 0.0)),
+        (
+            {"do_sample": True, "top_k": 0, "eos_token_id": list(range(3, 40)), "pad_token_id": 1},
+            (1.0, 2**18, 1.0, 0.0),
+        ),
+        ({"eos_token_id": 7, "pad_token_id": 2}, (1.0, 2**18, 1.0, 0.0)),
         ({"do_sample": True, "return_dict_in_generate": True, "output_logits": True}, (1.0, 50, 1.0, 0.0)),
-        ({"stopping_criteria": "Watching"}, (1.0, 97, 1.0, 0.0)),
+        ({"stopping_criteria": "Watching"}, (1.0, 2**18, 1.0, 0.0)),
+        ({"repetition_penalty": 1.2}, (1.0, 2**18, 1.0, 0.0)),
+        ({"repetition_penalty": 1.2, "do_sample": True, "temperature": 0.7}, (0.7, 50, 1.0, 0.0)),
+        ({"min_new_tokens": 5, "eos_token_id": 7, "pad_token_id": 2}, (1.0, 2**18, 1.0, 0.0)),
+        ({"output_logits": True, "return_dict_in_generate": True, "bad_words_ids": [[5]]}, (1.0, 2**18, 1.0, 0.0)),
     ],
 )
 def test_choices_in_a_kernel(model, options, parameters, in_kernel, served):
@@ -552,12 +559,7 @@ def test_choices_in_a_kernel(model, options, parameters, in_kernel, served):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"repetition_penalty": 1.2},
-        {"min_new_tokens": 5, "eos_token_id": 7, "pad_token_id": 2},
-        {"do_sample": True, "typical_p": 0.5},
-        ALL,
-    ],
+    [{"do_sample": True, "typical_p": 0.5}, {"do_sample": True, "renormalize_logits": True}, ALL],
 )
 def test_choices_that_no_kernel_makes(model, options, in_kernel, served):
     assert_same_results(model, prompt(model), options, served)
@@ -572,17 +574,21 @@ def test_choices_that_no_kernel_makes(model, options, in_kernel, served):
         ([TemperatureLogitsWarper(0.5)], False, False),
         ([TopPLogitsWarper(0.5), TopKLogitsWarper(5)], True, False),
         ([TopKLogitsWarper(5), TopKLogitsWarper(5)], True, False),
-        ([TopKLogitsWarper(5, filter_value=-1e4)], True, False),
+        ([TopKLogitsWarper(5, filter_value=-1e4), TopPLogitsWarper(0.5)], True, False),
         ([TopPLogitsWarper(0.5, min_tokens_to_keep=2)], True, False),
-        ([Watching()], True, False),
+        ([Watching(), TopKLogitsWarper(5)], True, True),
+        ([Watching(), TopKLogitsWarper(5), Watching()], True, False),
+        ([Watching()], False, True),
     ],
 )
 def test_which_choices_are_for_a_kernel(monkeypatch, processors, do_sample, serves):
     choice = decode_loop.Choice(processors, do_sample, None, None)
     logits = torch.zeros(2, 97)
-    assert not decode_loop.KernelChoice.serves(choice, logits)  # on a CPU
+    assert decode_loop.KernelChoice.of(choice, logits) is None  # on a CPU
     monkeypatch.setattr(rows, "choice_refusal", lambda _: None)
-    assert decode_loop.KernelChoice.serves(choice, logits) is serves
+    own = decode_loop.KernelChoice.of(choice, logits)
+    assert (own is not None) is serves
+    assert own is None or own.before == [process for process in processors if isinstance(process, Watching)]
 
 
 class Constant:

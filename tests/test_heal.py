@@ -815,6 +815,8 @@ def test_two_processes_do_as_one_that_accumulates(workshop, tmp_path):
         command = [*launch, str(processes), str(ROOT / "scripts" / "heal.py"), *ARGUMENTS.split()[1:]]
         command += ["--student", "student", "--out", str(out), "--gradient-accumulation", str(accumulation)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if torch.cuda.device_count() < 2:  # one for each process, or none
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         result = subprocess.run(command, cwd=workshop, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         runs.append((weights_of(out / "stage2"), log.read_log(out / "log.csv")))
