@@ -178,7 +178,7 @@ class KernelChoice:
         """
         for process in self.before:
             logits = process(input_ids, logits)
-        if self.before:
+        if logits.dtype not in rows.CHOICE_DTYPES or logits.stride(-1) != 1:
             logits = logits.float().contiguous()
         noise = logits.new_empty(logits.shape, dtype=torch.float32).exponential_() if self.do_sample else None
         tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)

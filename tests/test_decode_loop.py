@@ -514,15 +514,30 @@ def test_it_may_run_ahead_where_nobody_sees_the_cache(model, returned, given, mo
 
 
 @pytest.fixture
-def in_kernel(monkeypatch):
-    """The parameters of the choices that the kernel has made."""
+def in_kernel(monkeypatch, device):
+    """The parameters of the choices that the kernel has made, which on a CPU is transformers' and torch's operators."""
     calls, own = [], decode_loop.KernelChoice.__call__
 
     def counted(self, *args):
         calls.append(self.parameters)
         return own(self, *args)
 
+    def choose(logits, noise, temperature, top_k, top_p, min_p, pad, eos, unfinished, tokens):
+        assert logits.dtype in rows.CHOICE_DTYPES and logits.stride(1) == 1
+        assert noise is None or (noise.shape == logits.shape and noise.dtype == torch.float32)
+        if noise is not None:
+            filters = [TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)]
+            scores = LogitsProcessorList([*filters, MinPLogitsWarper(min_p)])(None, logits.float())
+            logits = scores.softmax(-1) / noise
+        chosen = logits.argmax(-1)
+        tokens.copy_(chosen if pad is None else torch.where(unfinished, chosen, pad))
+        if eos is not None:
+            unfinished &= ~torch.isin(tokens, eos)
+
     monkeypatch.setattr(decode_loop.KernelChoice, "__call__", counted)
+    if device.type == "cpu":
+        monkeypatch.setattr(rows, "choice_refusal", lambda _: None)
+        monkeypatch.setattr(torch.ops, "kda_hf_cuda", SimpleNamespace(choose_tokens=choose))
     return calls
 
 
@@ -555,6 +570,28 @@ def test_choices_in_a_kernel(model, options, parameters, in_kernel, served):
     assert_same_results(model, prompt(model), options, served)
     has_kernel = rows.choice_refusal(torch.zeros(1, 97, device=model.device)) is None
     assert set(in_kernel) == ({parameters} if has_kernel else set())
+
+
+class Doubles(LogitsProcessor):
+    """Gives scores that lie otherwise in memory, and are wider."""
+
+    def __call__(self, input_ids, scores):
+        return scores.t().contiguous().t().double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("before", [[], [Doubles()]], ids=len)
+def test_logits_of_other_kinds(device, dtype, before, in_kernel):
+    choice = decode_loop.Choice([*before, TopKLogitsWarper(5)], True, None, None)
+    logits = torch.randn(97, 3, device=device).t()
+    own = decode_loop.KernelChoice.of(choice, logits)
+    if own is None:
+        pytest.skip("there is no kernel")
+    seed, unfinished = torch.seed(), torch.ones(3, dtype=torch.bool, device=device)
+    tokens = own(None, logits.to(dtype), unfinished)
+    torch.manual_seed(seed)
+    assert torch.equal(tokens, choice.tokens(choice.scores(None, logits.contiguous()), unfinished)[0])
+    assert unfinished.all() and in_kernel == [(1.0, 5, 1.0, 0.0)]
 
 
 @pytest.mark.parametrize(

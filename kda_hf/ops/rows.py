@@ -23,6 +23,7 @@ MOST_LOW_RANK = 1024  # heads of all rows for it: each has CTAs of its own, whic
 ATTENTION_WIDTHS = (64, 128)
 MOST_GROUPED = 32  # heads of queries that share one of keys
 MOST_CHOICES = 2**18  # tokens of a vocabulary, for the kernel that chooses
+CHOICE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of logits for it
 
 
 class TorchRows:
@@ -265,8 +266,6 @@ def choice_refusal(logits: torch.Tensor) -> str | None:
     """Why no kernel chooses tokens by `logits` `[B, vocab_size]`, or None."""
     if not cuda.is_wanted():
         return "the environment asks for another backend"
-    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"the logits are {logits.dtype}"
     if logits.shape[-1] > MOST_CHOICES:
         return f"the vocabulary has more than {MOST_CHOICES} tokens"
     return cuda.refusal_of_device(logits.device)
