@@ -871,7 +871,7 @@ void choose_tokens(Tensor logits, MaybeTensor noise, double temperature, int64_t
   params.dtype = dtype_of(logits.scalar_type(), "logits");
   params.logits = logits.const_data_ptr(), params.logits_stride = row_stride(logits);
   params.noise = noise ? static_cast<const float*>(noise->const_data_ptr()) : nullptr;
-  params.inverse_temperature = static_cast<float>(1 / temperature);
+  params.inverse_temperature = 1 / static_cast<float>(temperature);  // as torch divides by a number
   params.top_k = static_cast<int>(std::min(top_k, V)), params.top_p = top_p;
   params.min_p = static_cast<float>(min_p);
   params.pad = pad ? static_cast<const int64_t*>(pad->const_data_ptr()) : nullptr;
