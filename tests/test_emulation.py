@@ -1,4 +1,4 @@
-"""The prefill kernels on a CPU: compiled as C++, with tests/emulation in the place of instructions."""
+"""Prefill kernels, and the one that chooses tokens, as C++ on a CPU: tests/emulation in the place of instructions."""
 
 import ctypes
 import itertools
@@ -38,9 +38,8 @@ class Call(ctypes.Structure):
     ]
 
 
-@pytest.fixture(scope="module")
-def emulation(tmp_path_factory):
-    library = tmp_path_factory.mktemp("emulation") / "prefill.so"
+def compiled(folder, name):
+    library = folder / f"{name}.so"
     include = f"-iquote,{ROOT / 'tests' / 'emulation'},-iquote,{ROOT / 'csrc'}"
     try:
         cutlass = resolve.cutlass()
@@ -57,9 +56,14 @@ def emulation(tmp_path_factory):
         f"-fPIC,-w,-pthread,{include}",
     ]
     command += [f"-I{ROOT / 'tests' / 'emulation'}", f"-I{cutlass}", "-o", library]
-    result = subprocess.run([*command, ROOT / "tests" / "emulation" / "prefill.cpp"], capture_output=True, text=True)
+    result = subprocess.run([*command, ROOT / "tests" / "emulation" / f"{name}.cpp"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    found = ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory):
+    found = compiled(tmp_path_factory.mktemp("emulation"), "prefill")
     found.emulate_composition_bytes.restype = ctypes.c_int64
     return found
 
@@ -326,3 +330,100 @@ def test_prefill(emulation, relative_error, case):
             )
             < 1.5e-3
         )
+
+
+# ------------------------------------------------------------------------------------------------- the choice of tokens
+
+
+class Choice(ctypes.Structure):
+    """As in choose.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("logits", "noise", "pad", "eos", "unfinished", "tokens")),
+        ("top_p", ctypes.c_double),
+        *((name, ctypes.c_float) for name in ("inverse_temperature", "min_p")),
+        *((name, ctypes.c_int) for name in ("B", "V", "dtype", "top_k", "eos_count", "seed")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def choosing(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("choosing"), "choose")
+
+
+def choose(library, logits, noise=None, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, seed=1, **tensors):
+    """Tokens, into a buffer that held none. `tensors`: pad, eos, unfinished."""
+    B, V = logits.shape
+    tensors = {"unfinished": torch.ones(B, dtype=torch.bool), "logits": logits, "noise": noise} | tensors
+    tensors |= {"tokens": torch.full((B,), -7)}
+    at = {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
+    numbers = {"inverse_temperature": 1 / temperature, "top_k": top_k or V, "top_p": top_p, "min_p": min_p}
+    eos = len(tensors["eos"]) if "eos" in tensors else 0
+    choice = Choice(B=B, V=V, dtype=DTYPES[logits.dtype], eos_count=eos, seed=seed, **at, **numbers)
+    library.emulate_choice(ctypes.byref(choice))
+    return tensors["tokens"]
+
+
+def kept(logits, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
+    """Which tokens transformers' processors leave of `[V]`, with a sort that leaves equals in their order."""
+    scores = logits.double() / temperature
+    if top_k is not None:
+        scores = scores.masked_fill(scores < scores.topk(top_k).values[-1], -float("inf"))
+    if top_p < 1:
+        ordered, places = scores.sort(stable=True)
+        removed = ordered.softmax(0).cumsum(0) <= 1 - top_p
+        removed[-1] = False
+        scores = scores.masked_fill(torch.zeros_like(removed).scatter(0, places, removed), -float("inf"))
+    probabilities = scores.softmax(0)
+    return scores.isfinite() & (probabilities >= min_p * probabilities.max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", [1, 5, 97, 1031])
+def test_the_largest_is_chosen(choosing, dtype, V):
+    logits = torch.randn(2, V).mul(2).round().add(0.0).to(dtype)
+    assert torch.equal(choose(choosing, logits), logits.argmax(1))
+    logits[1, V - 1] = float("nan")
+    assert choose(choosing, logits)[1] == V - 1
+
+
+@pytest.mark.parametrize(
+    "dtype, filters",
+    [
+        (torch.float32, {"top_k": 17}),
+        (torch.float16, {"top_p": 0.7}),
+        (torch.bfloat16, {"min_p": 0.1}),
+        (torch.bfloat16, {"temperature": 2.0, "top_k": 60, "top_p": 0.9, "min_p": 0.02}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rounds", [True, False])
+def test_filters_cut_where_they_should(choosing, dtype, filters, rounds):
+    """Those next to the cut, on both sides, have the smallest noise in turn: each is drawn if it is kept."""
+    logits = torch.randn(600).mul(2)
+    logits = (logits.mul(2).round().div(2) if rounds else logits).to(dtype)
+    logits[5:9] = -float("inf")
+    is_kept = kept(logits, **filters)
+    order = logits.float().sort(stable=True).indices
+    first = int(is_kept[order].nonzero()[0])  # of those that are kept
+    targets = order[first - 1 : first + 2]
+    noise = torch.full((len(targets), 600), 1e6).scatter(1, targets[:, None], 1e-6)
+    tokens = choose(choosing, logits.expand(len(targets), -1).contiguous(), noise, **filters)
+    assert torch.equal(tokens == targets, is_kept[targets])
+
+
+def test_a_draw_does_not_depend_on_the_order_of_threads(choosing):
+    logits, noise = torch.randn(2, 3000).mul(2), torch.empty(2, 3000).exponential_()
+    filters = {"temperature": 0.8, "top_k": 90, "top_p": 0.9}
+    left = torch.stack([kept(row, **filters) for row in logits])
+    expected = ((logits / 0.8).masked_fill(~left, -float("inf")).softmax(1) / noise).argmax(1)
+    for seed in range(2):
+        assert torch.equal(choose(choosing, logits, noise, seed=seed, **filters), expected)
+
+
+def test_rows_that_have_finished(choosing):
+    logits = torch.nn.functional.one_hot(torch.tensor([3, 4, 5]), 40).float()
+    unfinished = torch.tensor([True, False, True])
+    ends = {"pad": torch.tensor([9]), "eos": torch.tensor([5, 30]), "unfinished": unfinished}
+    assert choose(choosing, logits, **ends).tolist() == [3, 9, 5]
+    assert unfinished.tolist() == [True, False, False]

@@ -120,6 +120,11 @@ __device__ __forceinline__ int load_from(const int* p, int rank) {
   return value;
 }
 
+__device__ __forceinline__ void store_to(uint64_t* p, int rank, uint64_t value) {
+  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(cute::set_block_rank(smem_address(p), rank)), "l"(value)
+               : "memory");
+}
+
 __device__ __forceinline__ void bulk_store(void* destination, const char* source, int bytes) {
   cute::SM90_BULK_COPY_S2G::copy(source, destination, bytes);
 }

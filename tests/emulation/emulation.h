@@ -26,10 +26,12 @@
 #include <type_traits>
 #include <vector>
 
+#undef __cluster_dims__
 #undef __launch_bounds__
 #undef __grid_constant__
 #undef __align__
 #undef __shared__
+#define __cluster_dims__(...)
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n)
@@ -37,7 +39,7 @@
 
 namespace emulation {
 
-constexpr int kMostThreads = 384, kMostWarps = kMostThreads / 32;
+constexpr int kMostThreads = 512, kMostWarps = kMostThreads / 32;
 constexpr size_t kStack = 128 << 10;
 
 struct Meeting {  // of a number of threads
@@ -49,6 +51,10 @@ struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool has_ended;
+  const unsigned* round = nullptr;  // of the meeting that it waits for, and which one that is
+  unsigned arrived_in;
+
+  bool waits() const { return round != nullptr && *round == arrived_in; }
 };
 
 struct Cta {
@@ -58,7 +64,8 @@ struct Cta {
   unsigned index = 0, count = 1;  // blockIdx.x, gridDim.x
   std::function<void()> kernel;
   Meeting all, named[16], warps[kMostWarps];
-  uint64_t handed[kMostWarps][32][4];  // what lanes show each other
+  unsigned cluster_round[kMostThreads];  // when a thread has arrived
+  uint64_t handed[kMostWarps][32][4];    // what lanes show each other
 };
 
 inline thread_local Cta cta;
@@ -89,22 +96,30 @@ inline int warp() { return cta.current / 32; }
 
 inline void pause() { swapcontext(&cta.threads[cta.current].context, &cta.scheduler); }
 
+inline void wait_while(const unsigned& round, unsigned arrived_in) {
+  Thread& thread = cta.threads[cta.current];
+  thread.round = &round, thread.arrived_in = arrived_in;
+  while (thread.waits()) pause();
+  thread.round = nullptr;
+}
+
 inline void meet(Meeting& meeting, int threads) {
   const unsigned round = meeting.round;
   if (++meeting.arrived == threads) {
     meeting.arrived = 0;
     ++meeting.round;
   } else {
-    while (meeting.round == round) pause();
+    wait_while(meeting.round, round);
   }
 }
 
-inline void meet_cluster() {
-  const unsigned round = cluster->all.round;
+inline void arrive_in_cluster() {
+  cta.cluster_round[cta.current] = cluster->all.round;
   ++cluster->all.arrived;
   cluster->look();
-  while (cluster->all.round == round) pause();
 }
+
+inline void wait_for_cluster() { wait_while(cluster->all.round, cta.cluster_round[cta.current]); }
 
 inline void meet_warp() { meet(cta.warps[warp()], 32); }
 
@@ -196,18 +211,20 @@ inline void run_cta(std::mt19937& order, Turns& turns_of_ctas, int own) {
   std::vector<int> turns(cta.size / 32);
   for (size_t i = 0; i < turns.size(); ++i) turns[i] = static_cast<int>(i);
   uint32_t stands_still = 0;  // a bit a warp
+  bool has_run = true;        // a thread, in the last round
   for (long rounds = 0; !turns.empty(); ++rounds) {
     if (rounds == 10'000'000) fail("threads wait for ever");
-    if (rounds % 16 == 15) {
+    if (rounds % 16 == 15 || !has_run) {
       turns_of_ctas.pass(own, false);
       turns_of_ctas.wait(own);
     }
     if (order() % 128 == 0) stands_still = order() & order();
     std::shuffle(turns.begin(), turns.end(), order);
+    has_run = false;
     for (const int warp : turns)
       for (int i = 32 * warp; i < 32 * (warp + 1) && !(stands_still >> warp & 1); ++i) {
-        if (cta.threads[i].has_ended) continue;
-        cta.current = i;
+        if (cta.threads[i].has_ended || cta.threads[i].waits()) continue;
+        cta.current = i, has_run = true;
         swapcontext(&cta.scheduler, &cta.threads[i].context);
       }
     const auto has_ended = [](int warp) {
@@ -252,6 +269,9 @@ T bits_of(const auto& x) {
   return y;
 }
 
+// Rounded, within the range of uint32_t.
+inline uint32_t to_uint(float x) { return x >= 0x1p32f ? ~0u : x > 0 ? static_cast<uint32_t>(std::llrint(x)) : 0; }
+
 template <class T>
 T fetch_and_add(T* at, T more) {
   const T before = *at;
@@ -269,6 +289,8 @@ T fetch_and_add(T* at, T more) {
 #define __syncwarp() emulation::meet_warp()
 #define __shfl_sync(mask, x, lane) emulation::from_lane(x, lane)
 #define __shfl_xor_sync(mask, x, other) emulation::from_lane(x, emulation::lane() ^ (other))
+#define __shfl_up_sync(mask, x, other) \
+  emulation::from_lane(x, emulation::lane() - (emulation::lane() < (other) ? 0 : (other)))
 #define __ballot_sync(mask, x) emulation::ballot(x)
 #define __any_sync(mask, x) (emulation::ballot(x) != 0)
 #define __all_sync(mask, x) (emulation::ballot(x) == ~0u)
@@ -285,12 +307,16 @@ T fetch_and_add(T* at, T more) {
 #define clock() (static_cast<uint32_t>(1 << 20) * emulation::fetch_and_add(&emulation::ticks, 1u))
 #define __int_as_float(x) emulation::bits_of<float>(static_cast<int32_t>(x))
 #define __uint_as_float(x) emulation::bits_of<float>(static_cast<uint32_t>(x))
+#define __float2uint_rn(x) emulation::to_uint(x)
+#define __float2ull_rn(x) static_cast<uint64_t>(std::llrint(x))
 #define __float_as_uint(x) emulation::bits_of<uint32_t>(static_cast<float>(x))
 
 namespace emulation {
 inline uint32_t ticks = 0;
 }
 
+using std::isfinite;
+using std::isnan;
 using std::max;
 using std::min;
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }

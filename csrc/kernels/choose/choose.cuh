@@ -18,6 +18,8 @@ constexpr uint32_t kMostKey = (1u << kDigits * kDigitBits) - 1;
 constexpr float kDistanceUnits = 1 << 22;
 constexpr uint32_t kRemoved = ~0u;  // in place of a distance or a key
 
+extern __shared__ uint32_t own_distances[];  // of the CTA's tokens; before that, their scores
+
 struct ChooseSmem {
   uint32_t bins[2][2][kBins];  // of a digit and of the next one: lower 16 bits of weights, summed up, and the others
   uint64_t warp_sums[kChooseThreads / 32];
@@ -162,7 +164,6 @@ template <class Element, bool kDraws>
 __global__ void __launch_bounds__(kChooseThreads) __cluster_dims__(kChooseCtas, 1, 1)
     choose_tokens(const __grid_constant__ ChooseParams p) {
   __shared__ ChooseSmem smem;
-  extern __shared__ uint32_t own_distances[];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int rank = static_cast<int>(blockIdx.x) % kChooseCtas, row = static_cast<int>(blockIdx.x) / kChooseCtas;
   const int width = (p.V + kChooseCtas - 1) / kChooseCtas, first = rank * width;
@@ -227,10 +228,7 @@ __global__ void __launch_bounds__(kChooseThreads) __cluster_dims__(kChooseCtas, 
   if (!kDraws) cute::cluster_wait();
   if (warp == 0) {
     best = warp_largest(lane < kChooseThreads / 32 ? smem.warp_best[lane] : 0);
-    if (lane == 0)
-      asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(cute::set_block_rank(smem_address(&smem.best[rank]), 0)),
-                   "l"(best)
-                   : "memory");
+    if (lane == 0) store_to(&smem.best[rank], 0, best);
   }
   meet_in_cluster();
   if (rank != 0 || thread != 0) return;

@@ -148,6 +148,7 @@ inline void bulk_load(const char* from, uint64_t* barrier, char* to, int bytes, 
 }
 
 inline int load_from(const int* p, int rank) { return *of_cta(p, rank); }
+inline void store_to(uint64_t* p, int rank, uint64_t value) { *of_cta(p, rank) = value; }
 
 inline void prefetch_map(const CUtensorMap*) {}
 inline void fence_async_proxy() {}
@@ -169,7 +170,10 @@ namespace cute {
 template <int kLeft>
 void tma_store_wait() {}
 inline unsigned block_rank_in_cluster() { return emulation::rank_in_cluster; }
-inline void cluster_sync() { emulation::meet_cluster(); }
+inline void cluster_arrive() { emulation::arrive_in_cluster(); }
+inline void cluster_arrive_relaxed() { emulation::arrive_in_cluster(); }
+inline void cluster_wait() { emulation::wait_for_cluster(); }
+inline void cluster_sync() { cluster_arrive(), cluster_wait(); }
 }  // namespace cute
 
 namespace cutlass {
