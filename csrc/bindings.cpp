@@ -949,9 +949,8 @@ STABLE_TORCH_LIBRARY(kda_hf_cuda, m) {
   m.def("gated_rms_norm(Tensor x, Tensor weight, Tensor gate, float eps, Tensor(a!) out) -> ()");
   m.def("swiglu(Tensor x, Tensor(a!) out) -> ()");
   m.def(
-      "choose_tokens(Tensor logits, Tensor? noise, float temperature, int top_k, float top_p, float min_p, Tensor? "
-      "pad, "
-      "Tensor? eos, Tensor(a!) unfinished, Tensor(b!) tokens) -> ()");
+      "choose_tokens(Tensor logits, Tensor? noise, float temperature, int top_k, float top_p, float min_p, "
+      "Tensor? pad, Tensor? eos, Tensor(a!) unfinished, Tensor(b!) tokens) -> ()");
   m.def("prefill_refusal(int K, int V, ScalarType dtype, ScalarType state_dtype) -> str");
   m.def("recurrent_refusal(int K, int V, ScalarType dtype, ScalarType state_dtype) -> str");
 }

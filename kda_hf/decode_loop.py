@@ -26,7 +26,7 @@ from transformers.generation import (
 from .cache import KDACache
 from .decode_graph import Program, graph_stepper
 from .decoding import current_program
-from .ops import rows
+from .ops import sampling
 
 
 # Arguments of a forward, beside the cache, that a step knows what to do with. A tokenizer, as calls with stop strings
@@ -154,8 +154,8 @@ class KernelChoice:
         self.before, self.do_sample = before, choice.do_sample
         self.pad, self.eos = (None if x is None else x.long() for x in (choice.pad, choice.eos))
         given = {name: value for process in filters for name, value in vars(process).items()}
-        usual = {"temperature": 1.0, "top_k": rows.MOST_CHOICES, "top_p": 1.0, "min_p": 0.0}
-        self.parameters = tuple(given.get(name, value) for name, value in usual.items())
+        usual = {"temperature": 1.0, "top_k": sampling.MOST_TOKENS, "top_p": 1.0, "min_p": 0.0}
+        self.parameters: dict[str, Any] = {name: given.get(name, value) for name, value in usual.items()}
 
     @classmethod
     def of(cls, choice: Choice, logits: torch.Tensor) -> "KernelChoice | None":
@@ -168,7 +168,7 @@ class KernelChoice:
         usual = {"filter_value": -math.inf, "min_tokens_to_keep": 1}
         if any(value != usual.get(name, value) for process in filters for name, value in vars(process).items()):
             return None
-        return cls(choice, before, filters) if rows.choice_refusal(logits) is None else None
+        return cls(choice, before, filters) if sampling.refusal(logits) is None else None
 
     def __call__(self, input_ids: torch.Tensor, logits: torch.Tensor, unfinished: torch.Tensor) -> torch.Tensor:
         """Tokens `[B]`. Rows that finish with them are marked in `unfinished` `[B]`.
@@ -178,12 +178,7 @@ class KernelChoice:
         """
         for process in self.before:
             logits = process(input_ids, logits)
-        if logits.dtype not in rows.CHOICE_DTYPES or logits.stride(-1) != 1:
-            logits = logits.float().contiguous()
-        noise = logits.new_empty(logits.shape, dtype=torch.float32).exponential_() if self.do_sample else None
-        tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-        torch.ops.kda_hf_cuda.choose_tokens(logits, noise, *self.parameters, self.pad, self.eos, unfinished, tokens)
-        return tokens
+        return sampling.choose_tokens(logits, self.do_sample, self.pad, self.eos, unfinished, **self.parameters)
 
 
 def serving_program(

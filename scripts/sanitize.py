@@ -296,8 +296,13 @@ def prefill(tool: str) -> None:
 def main() -> None:
     tool, *chosen = sys.argv[1:] or [""]
     torch.manual_seed(0)
-    parts = {"rows": lambda: rows(tool), "choose": choose, "conv": conv, "decode": decode}
-    parts["prefill"] = lambda: prefill(tool)
+    parts = {
+        "rows": lambda: rows(tool),
+        "choose": choose,
+        "conv": conv,
+        "decode": decode,
+        "prefill": lambda: prefill(tool),
+    }
     for name, part in parts.items():
         if not chosen or name in chosen:
             print(name, flush=True)

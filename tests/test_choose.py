@@ -16,7 +16,7 @@ from transformers.generation import (
 )
 
 from kda_hf import decode_loop
-from kda_hf.ops import rows
+from kda_hf.ops import sampling
 
 
 DEVICE = torch.device("cuda")
@@ -209,7 +209,7 @@ def test_scores_to_draw_from_are_finite(value):
         ({"logits": lambda: torch.zeros(3, device=DEVICE)}, "logits"),
         ({"logits": lambda: torch.zeros(2, 40, device=DEVICE, dtype=torch.float64)}, "logits"),
         ({"logits": lambda: torch.zeros(40, 2, device=DEVICE).t()}, "logits"),
-        ({"logits": lambda: torch.zeros(2, rows.MOST_CHOICES + 1, device=DEVICE)}, "logits"),
+        ({"logits": lambda: torch.zeros(2, sampling.MOST_TOKENS + 1, device=DEVICE)}, "logits"),
         ({"noise": lambda: torch.ones(2, 41, device=DEVICE)}, "noise"),
         ({"noise": lambda: torch.ones(2, 40, device=DEVICE, dtype=torch.bfloat16)}, "noise"),
         ({"temperature": 0.0}, "temperature"),

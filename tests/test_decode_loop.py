@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from kda_hf import KDACache, decode_graph, decode_loop, decoding
 from kda_hf.decoding import DecodeProgram
 from kda_hf.generation import CACHE_NAME, KDAGenerationMixin
-from kda_hf.ops import rows
+from kda_hf.ops import sampling
 
 
 NEW = 14
@@ -519,11 +519,11 @@ def in_kernel(monkeypatch, device):
     calls, own = [], decode_loop.KernelChoice.__call__
 
     def counted(self, *args):
-        calls.append(self.parameters)
+        calls.append(tuple(self.parameters.values()))
         return own(self, *args)
 
     def choose(logits, noise, temperature, top_k, top_p, min_p, pad, eos, unfinished, tokens):
-        assert logits.dtype in rows.CHOICE_DTYPES and logits.stride(1) == 1
+        assert logits.dtype in sampling.DTYPES and logits.stride(1) == 1
         assert noise is None or (noise.shape == logits.shape and noise.dtype == torch.float32)
         if noise is not None:
             filters = [TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)]
@@ -536,7 +536,7 @@ def in_kernel(monkeypatch, device):
 
     monkeypatch.setattr(decode_loop.KernelChoice, "__call__", counted)
     if device.type == "cpu":
-        monkeypatch.setattr(rows, "choice_refusal", lambda _: None)
+        monkeypatch.setattr(sampling, "refusal", lambda _: None)
         monkeypatch.setattr(torch.ops, "kda_hf_cuda", SimpleNamespace(choose_tokens=choose))
     return calls
 
@@ -568,7 +568,7 @@ def test_choices_in_a_kernel(model, options, parameters, in_kernel, served):
     if "stopping_criteria" in options:
         options = {"stopping_criteria": StoppingCriteriaList([Watching(stop_at=12)])}
     assert_same_results(model, prompt(model), options, served)
-    has_kernel = rows.choice_refusal(torch.zeros(1, 97, device=model.device)) is None
+    has_kernel = sampling.refusal(torch.zeros(1, 97, device=model.device)) is None
     assert set(in_kernel) == ({parameters} if has_kernel else set())
 
 
@@ -622,7 +622,7 @@ def test_which_choices_are_for_a_kernel(monkeypatch, processors, do_sample, serv
     choice = decode_loop.Choice(processors, do_sample, None, None)
     logits = torch.zeros(2, 97)
     assert decode_loop.KernelChoice.of(choice, logits) is None  # on a CPU
-    monkeypatch.setattr(rows, "choice_refusal", lambda _: None)
+    monkeypatch.setattr(sampling, "refusal", lambda _: None)
     own = decode_loop.KernelChoice.of(choice, logits)
     assert (own is not None) is serves
     assert own is None or own.before == [process for process in processors if isinstance(process, Watching)]

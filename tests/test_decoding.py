@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kda_hf import KDACache, KDAForCausalLM, decode_graph, decoding, generation
-from kda_hf.ops import cpu_rows, kda_decode_step, rows
+from kda_hf.ops import cpu_rows, kda_decode_step, rows, sampling
 
 
 NEW = 16
@@ -119,7 +119,7 @@ def test_what_the_low_rank_step_is_given(tiny_model, counted, monkeypatch):
         assert [argument.name for argument in arguments] == LOW_RANK_ARGUMENTS
     monkeypatch.setattr(torch.ops, "kda_hf_cuda", types.SimpleNamespace(decode_step=decode_step))
     monkeypatch.setattr(cpu_rows, "refusal", lambda *_: "PyTorch's is asked for")
-    monkeypatch.setattr(rows, "choice_refusal", lambda _: "the extension has one operator")
+    monkeypatch.setattr(sampling, "refusal", lambda _: "the extension has one operator")
     monkeypatch.setattr(rows.TorchRows, "low_rank_step", rows.KernelRows.low_rank_step)
     for options in ({}, {"linear_lower_bound": None, "allow_neg_eigval": True}):
         model = tiny_model(linear_head_dim=128, **options)

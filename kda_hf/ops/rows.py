@@ -22,8 +22,6 @@ LOW_RANK_TAPS = 4  # of its convolutions
 MOST_LOW_RANK = 1024  # heads of all rows for it: each has CTAs of its own, which read the weights anew
 ATTENTION_WIDTHS = (64, 128)
 MOST_GROUPED = 32  # heads of queries that share one of keys
-MOST_CHOICES = 2**18  # tokens of a vocabulary, for the kernel that chooses
-CHOICE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of logits for it
 
 
 class TorchRows:
@@ -260,12 +258,3 @@ def refusal(parameters: list[torch.Tensor], attention: Any) -> str | None:
         if attention.num_attention_heads > MOST_GROUPED * attention.num_key_value_heads:
             return f"more than {MOST_GROUPED} heads of queries share one of keys"
     return cuda.refusal_of_device(first.device)
-
-
-def choice_refusal(logits: torch.Tensor) -> str | None:
-    """Why no kernel chooses tokens by `logits` `[B, vocab_size]`, or None."""
-    if not cuda.is_wanted():
-        return "the environment asks for another backend"
-    if logits.shape[-1] > MOST_CHOICES:
-        return f"the vocabulary has more than {MOST_CHOICES} tokens"
-    return cuda.refusal_of_device(logits.device)
